@@ -1,0 +1,1274 @@
+"""fmd: flow map distillation without data, in one file.
+
+A flow model draws samples by solving an ODE: hundreds of evaluations of a network. This file turns such a
+teacher into a student that needs one evaluation, and looks at no data while doing so. It follows Tong, Ma, Xie
+and Jaakkola, "Flow Map Distillation Without Data" (FreeFlow, arXiv 2511.19428); numbers in [brackets] are the
+paper's equations.
+
+Conventions, everywhere in this file
+    t = 0 is data, t = 1 is the prior N(0, I), x_t = (1 - t) x + t n;
+    u(x_t, t) = E[x - n | x_t], the velocity, points from noise to data;
+    delta = 1 - t is how far a path has come: sampling solves dx/d(delta) = u(x, 1 - delta) from x(0) = z;
+    f(z, delta) = z + delta F(z, delta) is the student's flow map, f(z, 1) its one-step sample.
+Everything is an image, (B, C, H, W); a point of the plane is a 2 x 1 x 1 image. t, delta, r and guidance are
+(B,), labels (B,) int64; the label num_classes is the null label, "any class".
+
+    python fmd.py                                            # a 2-D toy: teacher, student, figures, pictures
+    python fmd.py --toy spirals --seed 1 --out runs/spirals  # another toy
+    python fmd.py --toy gaussians --exact-teacher            # a closed-form teacher: errors against the truth
+    python fmd.py --toy points.npy                           # your own N x 2 array
+    python fmd.py --out runs/toy2d --resume                  # go on after Ctrl-C
+    python fmd.py --stage distill --teacher runs/toy2d/teacher.pt --prediction jvp
+    python fmd.py --stage sample --out runs/toy2d --samples 1000 --classes 0,3
+
+Read on from the top. Section 5 is the paper; the rest makes it run.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import pickle
+import platform
+import signal
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as nnf  # not F: that is the student's average velocity
+from matplotlib.animation import FuncAnimation, PillowWriter
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """Something the user can mend: (message, exit status 1 or 2). main prints the message as one line."""
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 1. Configuration
+#
+# One dataclass holds every setting, with its range and a line of help; the command line is made from it.
+
+
+def option(default, help, low=-math.inf, high=math.inf, choices=None):
+    return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run. Raises UserError (exit status 2) for a value out of its range."""
+
+    # what to learn
+    dataset: str = option("toy2d", "which preset", choices=["toy2d"])
+    toy: str = option("checkerboard", "checkerboard, gaussians, moons, spirals, rings, or a file POINTS.npy")
+    exact_teacher: bool = option(False, "distill the closed-form velocity of --toy gaussians")
+    seed: int = option(0, "decides everything random", 0)
+    # network: teacher, student and critic alike
+    hidden_size: int = option(64, "width", 8)
+    depth: int = option(3, "blocks", 1)
+    num_heads: int = option(1, "attention heads", 1)
+    patch_size: int = option(1, "side of a token, in pixels", 1)
+    # both stages
+    batch_size: int = option(256, "samples a step", 1)
+    warmup: int = option(100, "steps in which the learning rate rises, before it falls along a cosine to 0", 0)
+    ema_decay: float = option(0.995, "of the average of the weights, which is what is kept and scored", 0, 1)
+    clip: float = option(1.0, "largest gradient norm, of each network by itself", 1e-12)
+    label_dropout: float = option(0.1, "share of labels replaced by the null label", 0, 1)
+    # teacher: flow matching
+    teacher_steps: int = option(3000, "training steps of the teacher", 1)
+    teacher_learning_rate: float = option(1e-4, "AdamW, peak", 0)
+    t_location: float = option(0.0, "t = sigmoid(N(t_location, 1)); a lower one trains nearer to the data")
+    # student: prediction [7, 8, 9]
+    steps: int = option(3000, "training steps of the student", 1)
+    learning_rate: float = option(1e-4, "AdamW, peak, for student and critic", 0)
+    prediction: str = option("step", "form of the derivative", choices=["step", "jvp", "difference"])
+    step_size: float = option(0.5, "longest teacher step of the form 'step', at the start", 1e-4, 1)
+    final_step_size: float = option(0.05, "the same at the end; it shrinks geometrically", 1e-4, 1)
+    difference_size: float = option(0.005, "half-width of the form 'difference'", 1e-5, 0.5)
+    decay: float = option(0.5, "k: D_G is divided by (||D_G||^2/d + eps)^k", 0, 1)
+    eps: float = option(1e-3, "keeps decay and balance away from dividing by 0", 1e-12)
+    # student: correction [10, 11]
+    correction_share: float = option(0.25, "of the batch; 0: predict only, 1: correct only", 0, 1)
+    alpha: float = option(0.1, "size of the correction's gradient over the prediction's", 0)
+    r_location: float = option(0.8, "r = sigmoid(N(r_location, r_scale^2)), in the correction")
+    r_scale: float = option(1.0, "see r_location", 0)
+    guidance_min: float = option(1.0, "the student is trained for guidance strengths from here", 0)
+    guidance_max: float = option(1.0, "... to here; both 1: no guidance", 0)
+    # measuring and keeping
+    solver_steps: int = option(64, "RK4 steps to the teacher's endpoints", 1)
+    eval_samples: int = option(20000, "samples behind the figures of metrics.json", 2)
+    log_interval: int = option(50, "steps between lines of metrics.jsonl", 1)
+    eval_interval: int = option(250, "steps between endpoint errors in the progress bar", 1)
+    checkpoint_interval: int = option(500, "steps between checkpoints", 1)
+
+    def __post_init__(self):
+        def need(condition, message):
+            if not condition:
+                raise UserError(message, 2)
+
+        for f in dataclasses.fields(self):
+            value, low, high, choices = getattr(self, f.name), *(f.metadata[k] for k in ("low", "high", "choices"))
+            need(not choices or value in choices, f"{flag(f.name)} {value}: choose from {', '.join(choices or [])}")
+            need(isinstance(value, str) or low <= value <= high and math.isfinite(value),
+                 f"{flag(f.name)} {value}: give a finite number from {low} to {high}")
+        need(self.toy in TOYS or self.toy.endswith(".npy"),
+             f"--toy {self.toy}: choose from {', '.join(TOYS)}, or name an .npy file of points")
+        need(self.toy == "gaussians" or not self.exact_teacher,
+             f"--exact-teacher: only --toy gaussians has a closed form, {self.toy} has none")
+        need(self.hidden_size % (4 * self.num_heads) == 0,
+             f"--hidden-size {self.hidden_size}: give a multiple of 4 x --num-heads {self.num_heads}")
+        need(self.correction_share in (0, 1) or 0 < self.corrections < self.batch_size,
+             f"--batch-size {self.batch_size} is too small to split by --correction-share {self.correction_share}")
+        need(self.guidance_min <= self.guidance_max, "--guidance-min is above --guidance-max: exchange them")
+
+    @property
+    def corrections(self):
+        """How many samples of a batch go to the correction."""
+        return round(self.batch_size * self.correction_share)
+
+    @property
+    def is_guided(self):
+        return (self.guidance_min, self.guidance_max) != (1.0, 1.0)
+
+
+# What differs from the defaults. label_dropout: a toy is scored without labels, and with one label in ten dropped
+# the unlabelled model would get a tenth of the training (README, "Differences from the paper").
+PRESETS = {"toy2d": dict(label_dropout=0.5, teacher_learning_rate=4e-3, learning_rate=8e-3, t_location=-0.5)}
+
+
+def generator(*key):
+    """A random generator that depends on the integers in `key` alone: seed, stream, step. A step's randomness is
+    then a function of its number, and resuming needs no generator's state."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+
+TEACHER, STUDENT, NETWORK, EVALUATION, SAMPLING = range(1, 6)  # streams
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 2. Data
+#
+# A toy is a skeleton and some blur: pick a label, then a place v on its skeleton (a curve, a cell or a point).
+# The skeleton also tells which samples lie outside the toy, and in which of its parts the others are.
+
+
+class Toy(NamedTuple):
+    skeleton: Callable  # labels (n,), places (n, 2) in [0, 1]^2 -> points (n, 2)
+    num_classes: int
+    blur: float  # standard deviation; 0: the skeleton is an area
+    arcs: int  # parts of a label
+
+
+def polar(radius, angle):
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
+
+
+def half_circle(k, v):
+    return (1 - 2 * k)[:, None] * (polar(1, math.pi * v[:, 0]) - torch.tensor([0.5, 0.25]))
+
+
+TOYS = {
+    "checkerboard": Toy(lambda k, v: torch.stack([2 * (k % 2) + k // 2 % 2, k // 2], 1) - 2 + v, 8, 0.0, 1),
+    "gaussians": Toy(lambda k, v: polar(1.4, k * math.pi / 4), 8, 0.12, 1),
+    "moons": Toy(lambda k, v: 1.4 * half_circle(k, v), 2, 0.08, 4),
+    "spirals": Toy(lambda k, v: polar(2 * (1 - 2 * k) * v[:, 0].sqrt(), 9 * v[:, 0].sqrt()), 2, 0.06, 4),
+    "rings": Toy(lambda k, v: polar(0.65 * (k + 1), 2 * math.pi * v[:, 0]), 3, 0.06, 4),
+}
+
+
+class ToyData:
+    """One of TOYS, or the rows of an .npy file, which have no labels. draw(n, generator) gives points
+    (n, 2, 1, 1) and labels (n,). Raises UserError for a file that does not hold N x 2 finite numbers."""
+
+    shape = (2, 1, 1)
+
+    def __init__(self, name):
+        self.toy, self.num_classes = TOYS.get(name), 0
+        if self.toy:
+            self.num_classes = self.toy.num_classes
+            return
+        try:
+            points = np.load(name, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as e:
+            raise UserError(f"cannot read {name} ({e}): --toy takes an .npy file, as numpy.save writes it") from e
+        if points.ndim != 2 or points.shape[1] != 2 or points.dtype.kind not in "fiu" or not len(points):
+            raise UserError(f"{name} holds {points.dtype} of shape {points.shape}: --toy needs N x 2 numbers")
+        if not np.isfinite(points).all():
+            raise UserError(f"{name} holds numbers that are not finite: take them out")
+        print(f"{name}: {len(points)} points, standard deviation {points.std():.2f}; near 1 learns best")
+        self.points = torch.as_tensor(points, dtype=torch.float32)
+
+    def draw(self, n, generator):
+        if self.toy is None:
+            chosen = torch.randint(len(self.points), (n,), generator=generator)
+            return self.points[chosen, :, None, None], torch.zeros_like(chosen)
+        y = torch.randint(self.num_classes, (n,), generator=generator)
+        x = self.toy.skeleton(y, torch.rand(n, 2, generator=generator))
+        return (x + self.toy.blur * torch.randn(n, 2, generator=generator))[:, :, None, None], y
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 3. Network
+#
+# The diffusion transformer (DiT, arXiv 2212.09748), with the tensor names of the public DiT, SiT and REPA code.
+# A point is one token, over which attention is a linear map: the same network serves toys and pictures.
+
+
+def expand(v):
+    """(B,) -> (B, 1, 1, 1), to multiply images."""
+    return v[:, None, None, None]
+
+
+def named(**layers):
+    """nn.Sequential with names instead of numbers."""
+    return nn.Sequential(OrderedDict(layers))
+
+
+class Embedder(nn.Module):
+    """A number a sample, (B,) -> (B, D): cosines and sines of it, then a small MLP.
+
+    No frequency is above 1: the prediction's target holds dF/ddelta, and a frequency w would multiply its error.
+    """
+
+    def __init__(self, hidden_size):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, v):
+        frequencies = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=v.device))
+        angle = v[:, None] * frequencies  # (B, 128)
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], 1))
+
+
+def modulate(x, shift, scale):
+    """LayerNorm without weights of its own; the conditioning supplies them."""
+    return nnf.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+class Attention(nn.Module):
+    def __init__(self, D, num_heads, qk_norm):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv, self.proj = nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.q_norm = nn.LayerNorm(D // num_heads) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(D // num_heads) if qk_norm else nn.Identity()
+
+    def forward(self, x):
+        B, T, D = x.shape
+        if T == 1:  # a token that attends to itself alone is its value
+            return self.proj(nnf.linear(x, self.qkv.weight[2 * D:], self.qkv.bias[2 * D:]))
+        q, k, v = self.qkv(x).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, T, D / heads)
+        x = nnf.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        return self.proj(x.transpose(1, 2).reshape(B, T, D))
+
+
+class Block(nn.Module):
+    def __init__(self, D, num_heads, qk_norm):
+        super().__init__()
+        self.attn = Attention(D, num_heads, qk_norm)
+        self.mlp = named(fc1=nn.Linear(D, 4 * D), act=nn.GELU("tanh"), fc2=nn.Linear(4 * D, D))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
+
+    def forward(self, x, c):
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c)[:, None].chunk(6, 2)
+        x = x + gate_a * self.attn(modulate(x, shift_a, scale_a))  # shifts, scales and gates are (B, 1, D)
+        return x + gate_m * self.mlp(modulate(x, shift_m, scale_m))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, D, outputs):
+        super().__init__()
+        self.linear = nn.Linear(D, outputs)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D))
+
+    def forward(self, x, c):
+        return self.linear(modulate(x, *self.adaLN_modulation(c)[:, None].chunk(2, 2)))
+
+
+def position_embedding(D, side):
+    """(1, side * side, D): sines and cosines of a token's column, then of its row."""
+    frequencies = 10000 ** (-4 * torch.arange(D // 4, dtype=torch.float64) / D)
+    angle = torch.arange(side, dtype=torch.float64)[:, None] * frequencies  # (side, D / 4)
+    line = torch.cat([angle.sin(), angle.cos()], 1)  # (side, D / 2)
+    return torch.cat([line.repeat(side, 1), line.repeat_interleave(side, 0)], 1)[None].float()
+
+
+class DiT(nn.Module):
+    """A velocity network u(x, t | y), and with guidance=True u(x, t | y, strength).
+
+    forward: x (B, C, H, W); t (B,) in [0, 1], or (1,) for one time for all; y (B,) or None, the null label;
+    guidance (B,) or None, strength 1 -> (B, C, H, W). Raises ValueError for guidance without an input for it.
+    """
+
+    def __init__(self, input_size=1, in_channels=2, num_classes=8, hidden_size=64, depth=3, num_heads=1,
+                 patch_size=1, qk_norm=False, guidance=False):
+        super().__init__()
+        D, p = hidden_size, patch_size
+        self.settings = dict(input_size=input_size, in_channels=in_channels, num_classes=num_classes, hidden_size=D,
+                             depth=depth, num_heads=num_heads, patch_size=p, qk_norm=qk_norm, guidance=guidance)
+        self.shape, self.num_classes, self.patch_size = (in_channels, input_size, input_size), num_classes, p
+        self.x_embedder = named(proj=nn.Conv2d(in_channels, D, p, stride=p))
+        self.register_buffer("pos_embed", position_embedding(D, input_size // p))
+        self.t_embedder = Embedder(D)
+        self.y_embedder = named(embedding_table=nn.Embedding(num_classes + 1, D))
+        self.guidance_embedder = Embedder(D) if guidance else None
+        self.blocks = nn.ModuleList(Block(D, num_heads, qk_norm) for _ in range(depth))
+        self.final_layer = FinalLayer(D, p * p * in_channels)
+        self.initialize()
+
+    def initialize(self):
+        """As in DiT: a block begins as the identity and the output as zero, whatever the conditioning."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias") or "adaLN_modulation" in name or "final_layer" in name:
+                nn.init.zeros_(parameter)
+            elif "embedder.mlp" in name or "embedding_table" in name:
+                nn.init.normal_(parameter, std=0.02)
+            elif "x_embedder" in name:
+                nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)  # larger than DiT's: unit tokens
+            elif parameter.ndim == 2:
+                nn.init.xavier_uniform_(parameter)
+        if self.guidance_embedder:
+            nn.init.zeros_(self.guidance_embedder.mlp[2].weight)  # so that from_teacher begins as the teacher
+
+    @classmethod
+    def from_teacher(cls, teacher, guidance=False):
+        """A network of this class with the teacher's weights, and an input for guidance that changes nothing."""
+        network = cls(**{**teacher.settings, "guidance": guidance})
+        network.load_state_dict(teacher.state_dict(), strict=False)  # only guidance_embedder may be missing
+        return network.to(teacher.pos_embed.device)
+
+    def forward(self, x, t, y=None, guidance=None):
+        c = self.t_embedder(t)
+        c = c + self.y_embedder(torch.full_like(t, self.num_classes, dtype=torch.int64) if y is None else y)
+        if self.guidance_embedder is not None:
+            c = c + self.guidance_embedder(torch.ones_like(t) if guidance is None else guidance)
+        elif guidance is not None:
+            raise ValueError("this network has no input for guidance: train it with guidance_max above 1")
+        (C, H, W), p = self.shape, self.patch_size
+        x = x.view(-1, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(len(x), -1, C * p * p)
+        proj = self.x_embedder.proj  # a convolution by name and shape, a matrix by what it does
+        x = nnf.linear(x, proj.weight.flatten(1), proj.bias) + self.pos_embed  # (B, T, D), tokens row by row
+        for block in self.blocks:
+            x = block(x, c)
+        x = self.final_layer(x, c).view(-1, H // p, W // p, p, p, C)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, C, H, W)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4. Teacher
+#
+# A teacher is anything that can be called as u(x, t, y=None): a network trained by flow matching, the closed
+# form, or either of them under guidance.
+
+
+def noised(x, n, t):
+    """The interpolant I_t(x, n) = (1 - t) x + t n."""
+    return expand(1 - t) * x + expand(t) * n
+
+
+class FlowMatching(nn.Module):
+    """The teacher's loss: u(x_t, t) regressed on x - n, whose conditional mean it is. forward -> loss, figures."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, batch):
+        x, n, t, y = batch["x"], batch["n"], batch["t"], batch["y"]
+        loss = (self.network(noised(x, n, t), t, y) - (x - n)).square().mean()
+        return loss, {"flow_matching": loss.detach()}
+
+
+def draw_data(data, config, step):
+    """The teacher's batch of a step: data, noise, times, and labels of which some are dropped."""
+    g, n = generator(config.seed, TEACHER, step), config.batch_size
+    x, y = data.draw(n, g)
+    y = torch.where(torch.rand(n, generator=g) < config.label_dropout, data.num_classes, y)
+    t = torch.sigmoid(config.t_location + torch.randn(n, generator=g))
+    return dict(x=x, y=y, t=t, n=torch.randn(x.shape, generator=g))
+
+
+class ExactTeacher(nn.Module):
+    """The exact velocity of data from a mixture of equally likely Gaussians. Label k is component k alone.
+
+    means (K, d), stds (K,) > 0. p_t is a mixture again, with means (1 - t) mu_k and variances
+    (1 - t)^2 s_k^2 + t^2, and u is the components' E[x - n | x_t, k], weighted by their responsibilities.
+    """
+
+    def __init__(self, means, stds):
+        super().__init__()
+        self.register_buffer("means", torch.as_tensor(means, dtype=torch.float32))
+        self.register_buffer("stds", torch.as_tensor(stds, dtype=torch.float32))
+        self.num_classes = len(self.means)
+        if self.stds.shape != (self.num_classes,) or (self.stds <= 0).any():
+            raise ValueError("ExactTeacher needs means (K, d) and K positive standard deviations")
+
+    def forward(self, x, t, y=None):
+        t = t.expand(len(x))[:, None]  # (B, 1)
+        variance = (1 - t) ** 2 * self.stds**2 + t**2  # (B, K)
+        offset = x.flatten(1)[:, None] - (1 - t)[..., None] * self.means  # (B, K, d)
+        log_weight = -offset.square().sum(2) / (2 * variance) - offset.shape[2] / 2 * variance.log()
+        if y is not None:
+            k = torch.arange(self.num_classes, device=y.device)
+            allowed = (y[:, None] == k) | (y[:, None] == self.num_classes)
+            log_weight = log_weight.masked_fill(~allowed, -math.inf)
+        slope = ((1 - t) * self.stds**2 - t) / variance  # E[x - n | x_t, k] = mu_k + slope offset
+        velocity = self.means + slope[..., None] * offset  # (B, K, d)
+        return (log_weight.softmax(1)[..., None] * velocity).sum(1).view_as(x)
+
+
+def guided(teacher, guidance, interval=(0.0, 1.0)):
+    """Classifier-free guidance as another teacher, gamma u(.|y) + (1 - gamma) u(.|null).
+
+    guidance: gamma, a number or (B,); it acts for t in the closed interval. One call of twice the batch.
+    """
+
+    def u(x, t, y=None):
+        if y is None:
+            return teacher(x, t)  # both halves are the null label's
+        t, null = t.expand(len(x)), torch.full_like(y, teacher.num_classes)
+        with_label, without = teacher(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).chunk(2)
+        gamma = torch.where((interval[0] <= t) & (t <= interval[1]), guidance, 1.0)
+        return without + expand(gamma) * (with_label - without)
+
+    return u
+
+
+EVALUATIONS = {"euler": 1, "heun": 2, "rk4": 4}  # of u, a step
+
+
+def ode_step(u, x, t, h, method="heun", y=None):
+    """One step of dx/d(delta) = u from time t to t - h. t, h: (B,) or (1,). Raises ValueError."""
+    k1 = u(x, t, y)
+    if method == "euler":
+        return x + expand(h) * k1
+    if method == "heun":
+        k2 = u(x + expand(h) * k1, t - h, y)
+        return x + expand(h) / 2 * (k1 + k2)
+    if method == "rk4":
+        k2 = u(x + expand(h) / 2 * k1, t - h / 2, y)
+        k3 = u(x + expand(h) / 2 * k2, t - h / 2, y)
+        k4 = u(x + expand(h) * k3, t - h, y)
+        return x + expand(h) / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+    raise ValueError(f"unknown method {method}: choose from {', '.join(EVALUATIONS)}")
+
+
+@torch.no_grad()
+def solve_ode(u, z, steps, method="heun", y=None, return_path=False):
+    """Sample the teacher, from z at t = 1 to t = 0, in steps * EVALUATIONS[method] evaluations of u.
+
+    Returns phi(z, 1), shaped as z; with return_path all phi(z, i / steps), (steps + 1, B, C, H, W).
+    Raises ValueError.
+    """
+    if steps < 1:
+        raise ValueError(f"solve_ode needs at least one step, not {steps}")
+    path, h = [z], z.new_full((1,), 1 / steps)
+    for i in range(steps):
+        x = ode_step(u, path[-1], 1 - i * h, h, method, y)
+        path = [*path, x] if return_path else [x]
+    return torch.stack(path) if return_path else path[-1]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 5. Distillation
+#
+# The paper. A student f(z, delta) = z + delta F(z, delta) is to become the teacher's flow map from the prior. Two
+# velocities of it are compared with the teacher's u: the generating velocity, d f / d delta (prediction), and the
+# noising velocity, that of its own samples with noise put back (correction). Both begin with z ~ N(0, I) alone.
+
+
+class FlowMap(DiT):
+    """The student: a DiT read as the average velocity F(z, delta) between the prior and t = 1 - delta.
+
+    With the teacher's weights it begins as F(z, delta) = u(z, 1 - delta).
+    """
+
+    def forward(self, z, delta, y=None, guidance=None):
+        return super().forward(z, 1 - delta, y, guidance)
+
+    def map(self, z, delta, y=None, guidance=None):
+        """f(z, delta) = z + delta F(z, delta); f(z, 0) = z whatever the weights."""
+        return z + expand(delta) * self(z, delta, y, guidance)
+
+
+def squared_norm(D):
+    """||D||^2 / d of each sample, (B,)."""
+    return D.flatten(1).square().mean(1)
+
+
+def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp", h=0.005):
+    """Predict: D_G = v_G - u(f, 1 - delta) [9], v_G = d f / d delta being the student's generating velocity.
+
+    Returns F(z, delta) with its graph and D_G, constant, in units of velocity. D_G = 0 for all z and delta if and
+    only if f is the teacher's flow map. Three forms that agree as h, a number or (B,), goes to 0:
+        jvp         v_G = F + delta dF/ddelta [7], by forward-mode differentiation
+        difference  the same, dF/ddelta being a difference between delta - h and delta + h
+        step        over the stretch from delta - h to delta: what the student says, less what one Heun step of
+                    the teacher makes of the student's own f(z, delta - h)
+    """
+    h = torch.as_tensor(h, device=z.device).expand_as(delta)
+    if form == "jvp":
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode derivative
+            F, dF = torch.func.jvp(lambda d: student(z, d, y, guidance), (delta,), (torch.ones_like(delta),))
+    else:
+        F = student(z, delta, y, guidance)
+    with torch.no_grad():
+        f = z + expand(delta) * F
+        if form == "step":
+            start = student.map(z, delta - h, y, guidance)
+            return F, (f - ode_step(u, start, 1 - delta + h, h, "heun", y)) / expand(h)
+        if form == "difference":
+            low, high = (delta - h).clamp(min=0), (delta + h).clamp(max=1)
+            dF = (student(z, high, y, guidance) - student(z, low, y, guidance)) / expand(high - low)
+        v_G = F + expand(delta) * dF
+        return F, (v_G - u(f, 1 - delta, y)).detach()
+
+
+def correction_gradient(v_N, u, x_r, r, y=None):
+    """Correct: D_N = v_N(x_r, r) - u(x_r, r) [11], v_N being the velocity of the student's own noised samples x_r.
+
+    F(z, 1)^T D_N has the gradient of an integral over r of KL(student's law, noised || teacher's, noised) [10].
+    Returns a constant shaped as x_r.
+    """
+    with torch.no_grad():
+        return v_N - u(x_r, r, y)
+
+
+class Distiller(nn.Module):
+    """Prediction, correction and the critic's own loss as one scalar. forward(batch) -> loss, figures.
+
+    student: FlowMap; critic: DiT, which learns v_N online; teacher: called as u(x, t, y), never changed.
+    batch: two dicts, the samples that predict and those that correct, as draw_prior makes them.
+    """
+
+    def __init__(self, student, critic, teacher, config):
+        super().__init__()
+        self.network, self.critic, self.teacher, self.config = student, critic, teacher, config
+        if isinstance(teacher, nn.Module):
+            teacher.requires_grad_(False)
+        # E||D_G||, E||D_N|| of the step before: lambda is then the same however a batch is spread over machines
+        self.register_buffer("norms", torch.zeros(2))
+
+    def forward(self, batch):
+        (predict, correct), c = batch, self.config
+        loss, figures, norms = 0.0, {}, self.norms.clone()
+        if len(predict["z"]):
+            loss, norms[0], figures["prediction"] = self.predict(**predict)
+        if len(correct["z"]):
+            correction, critic, norms[1], figures["correction"] = self.correct(**correct)
+            balance = c.alpha * self.norms[0] / (self.norms[1] + c.eps)  # lambda
+            if not len(predict["z"]):
+                balance = torch.tensor(c.alpha)  # nothing to be balanced with
+            loss = loss + balance * correction + critic
+            figures.update({"critic": critic.detach(), "lambda": balance})
+        self.norms.copy_(norms)
+        return loss, figures
+
+    def u(self, guidance):
+        return self.teacher if guidance is None else guided(self.teacher, guidance)
+
+    def predict(self, z, delta, h, y, guidance=None):
+        c = self.config
+        F, D_G = prediction_gradient(self.network, self.u(guidance), z, delta, y, guidance, c.prediction, h)
+        residual = squared_norm(D_G).mean()
+        if c.prediction == "step":
+            D_G = expand(h / delta) * D_G  # F less the average velocity to where the teacher's step ends
+        D_G = D_G / expand((squared_norm(D_G) + c.eps) ** c.decay)
+        return (F * D_G).mean(), squared_norm(D_G).sqrt().mean(), residual
+
+    def correct(self, z, r, n, y, guidance=None):
+        F = self.network(z, torch.ones_like(r), y, guidance)
+        x = (z + F).detach()  # f(z, 1), the student's samples
+        x_r = noised(x, n, r)
+        v_N = self.critic(x_r, r, y, guidance)
+        critic = (v_N - (x - n)).square().mean()  # flow matching, on the student's samples
+        D_N = correction_gradient(v_N, self.u(guidance), x_r, r, y)
+        return (F * D_N).mean(), critic, squared_norm(D_N).sqrt().mean(), squared_norm(D_N).mean()
+
+
+def make_distiller(start, config):
+    """Student and critic with the weights of `start`; the teacher is `start` too, or else the closed form."""
+    teacher, toy = start, TOYS.get(config.toy)
+    if config.exact_teacher:
+        k = torch.arange(toy.num_classes)
+        teacher = ExactTeacher(toy.skeleton(k, torch.zeros(len(k), 2)), torch.full((len(k),), toy.blur))
+    student = FlowMap.from_teacher(start, config.is_guided)
+    critic = DiT.from_teacher(start, config.is_guided) if config.corrections else None
+    return Distiller(student, critic, teacher, config).to(start.pos_embed.device)
+
+
+def draw_prior(shape, num_classes, config, step):
+    """The student's batch of a step: noise, labels, times. There is no data here."""
+    g, c = generator(config.seed, STUDENT, step), config
+
+    def rand(n):
+        return torch.rand(n, generator=g)
+
+    def common(n):
+        y = torch.randint(max(num_classes, 1), (n,), generator=g)
+        batch = dict(z=torch.randn(n, *shape, generator=g), y=torch.where(rand(n) < c.label_dropout, num_classes, y))
+        if c.is_guided:
+            batch["guidance"] = c.guidance_min + (c.guidance_max - c.guidance_min) * rand(n)
+        return batch
+
+    m = c.corrections
+    n = c.batch_size - m
+    predict, correct = common(n), common(m)
+    predict["delta"] = (1 - rand(n)).clamp(min=1e-3)  # away from 0, where a difference over it loses its digits
+    predict["h"] = torch.full((n,), c.difference_size)
+    if c.prediction == "step":
+        longest = c.step_size * (c.final_step_size / c.step_size) ** (step / c.steps)
+        predict["h"] = torch.minimum(longest * (0.05 + 0.95 * rand(n)), predict["delta"])
+    correct["r"] = torch.sigmoid(c.r_location + c.r_scale * torch.randn(m, generator=g))
+    correct["n"] = torch.randn(m, *shape, generator=g)
+    return predict, correct
+
+
+def evaluations_per_step(config):
+    """Teacher evaluations of a step of distillation, one a sample and network call; a guided one counts twice."""
+    form = EVALUATIONS["heun"] if config.prediction == "step" else 1
+    return ((config.batch_size - config.corrections) * form + config.corrections) * (1 + config.is_guided)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 6. Training
+#
+# One loop for both stages. It owns no files: whoever iterates it logs, saves and stops.
+
+
+class TrainState:
+    """What training has reached: weights, their average, optimizer, step."""
+
+    def __init__(self, module, config):
+        self.module, self.config, self.step = module, config, 0
+        self.networks = {"model": module.network}
+        if getattr(module, "critic", None) is not None:
+            self.networks["critic"] = module.critic
+        groups = [{"params": list(network.parameters())} for network in self.networks.values()]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        self.ema = AveragedModel(module.network, multi_avg_fn=self.average).requires_grad_(False)
+        self.parts = {**self.networks, "ema": self.ema.module, "optimizer": self.optimizer}
+
+    def average(self, averages, weights, _):
+        """a + (1 - decay) (w - a), with less decay at first, when a is still near the initial weights."""
+        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+
+    def learning_rate(self):
+        """A linear rise, times a cosine that would reach 0 one step after the last."""
+        c = self.config
+        rise = min(1, (self.step + 1) / max(c.warmup, 1))
+        return c.learning_rate * rise * (1 + math.cos(math.pi * self.step / c.steps)) / 2
+
+    def checkpoint(self):
+        return {"step": self.step, "buffers": dict(self.module.named_buffers(recurse=False)),
+                **{name: part.state_dict() for name, part in self.parts.items()}}
+
+    def restore(self, checkpoint):
+        """Undo checkpoint(). Raises KeyError, ValueError or RuntimeError for one of another module."""
+        self.step = checkpoint["step"]
+        self.ema.n_averaged.fill_(self.step)
+        for name, part in self.parts.items():
+            part.load_state_dict(checkpoint[name])
+        for name, buffer in self.module.named_buffers(recurse=False):
+            buffer.copy_(checkpoint["buffers"][name])
+
+
+def to_device(batch, device):
+    """A tensor, or dicts and tuples of them, on the device."""
+    if isinstance(batch, dict):
+        return {k: to_device(v, device) for k, v in batch.items()}
+    return tuple(to_device(b, device) for b in batch) if isinstance(batch, tuple) else batch.to(device)
+
+
+def train(module, draw, config, state=None):
+    """Train module.network (and module.critic) from state.step to config.steps.
+
+    module(batch) -> scalar loss, dict of figures; draw(step) -> batch. A generator: yields (step, figures, state)
+    after every step, counted from 1; state.ema.module is the averaged network.
+    Raises UserError when a loss or a gradient is not finite, before it reaches the weights.
+    """
+    state = state or TrainState(module, config)
+    device = next(module.parameters()).device
+    while state.step < config.steps:
+        for group in state.optimizer.param_groups:
+            group["lr"] = state.learning_rate()
+        loss, figures = module(to_device(draw(state.step), device))
+        state.optimizer.zero_grad()
+        loss.backward()
+        norms = [nn.utils.clip_grad_norm_(n.parameters(), config.clip) for n in state.networks.values()]
+        if not math.isfinite(loss.item() + sum(norms).item()):
+            raise UserError(f"step {state.step + 1}: loss {loss.item():.3g}, gradient norm {sum(norms).item():.3g}, "
+                            "not finite. The last checkpoint is good; start anew with a lower learning rate")
+        state.optimizer.step()
+        state.ema.update_parameters(module.network)
+        state.step += 1
+        yield state.step, figures, state
+
+
+@contextlib.contextmanager
+def deferred_interrupts():
+    """Within it Ctrl-C and SIGTERM only fill the list that it gives, so that a step is finished and saved."""
+    received = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(s, lambda number, frame: received.append(number)) for s in signals]
+    try:
+        yield received
+    finally:
+        for s, handler in zip(signals, previous):
+            signal.signal(s, handler)
+
+
+def save(path, write):
+    """Have write(path) write a file that is there whole or not at all."""
+    part = path.with_name(f"{path.stem}.part{path.suffix}")
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def versions():
+    return dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
+
+
+def read_checkpoint(path, kind):
+    """The dict that a stage saved. Raises UserError for anything but a whole file of fmd, of this kind."""
+    advice = f"give a {kind} written by fmd"
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as e:
+        raise UserError(f"there is no {path}: check the name, or train a {kind} first") from e
+    except pickle.UnpicklingError as e:
+        raise UserError(f"{path} is no checkpoint, or holds pickled objects, which are never loaded: {advice}") from e
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as e:
+        raise UserError(f"{path} cannot be read, it is empty, cut off or no checkpoint: {advice}") from e
+    if not isinstance(checkpoint, dict) or checkpoint.get("kind") != kind:
+        raise UserError(f"{path} is not a {kind} written by fmd: give one that is")
+    try:
+        return {**checkpoint, "config": Config(**checkpoint["config"])}
+    except (KeyError, TypeError, UserError) as e:
+        raise UserError(f"{path} has settings that this version does not know ({e}): {advice} as it is here") from e
+
+
+def load_network(cls, checkpoint, path, device="cpu"):
+    """The averaged network of a checkpoint, frozen. Raises UserError, naming tensors that do not fit."""
+    try:
+        network, tensors = cls(**checkpoint["network"]), dict(checkpoint["ema"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as e:
+        raise UserError(f"{path} does not describe its network ({e!r}): give a file written by fmd") from e
+    here, there = ({k: getattr(v, "shape", None) for k, v in d.items()} for d in (network.state_dict(), tensors))
+    bad = sorted(k for k in {**here, **there} if here.get(k) != there.get(k))
+    if bad:
+        raise UserError(f"{path}: tensors missing, left over or of a wrong shape: {', '.join(bad[:5])}"
+                        f"{' ...' if len(bad) > 5 else ''}. Give another file")
+    network.load_state_dict(tensors)
+    return network.to(device).eval().requires_grad_(False)
+
+
+def load_teacher(path, device="cpu"):
+    """A DiT, called as u(x, t, y), from a teacher.pt: the average of its weights. Raises UserError."""
+    return load_network(DiT, read_checkpoint(path, "teacher"), path, device)
+
+
+def load_student(path, device="cpu"):
+    """A FlowMap from a student.pt: the average of its weights. Raises UserError."""
+    return load_network(FlowMap, read_checkpoint(path, "student"), path, device)
+
+
+def read_log(path):
+    """The lines of metrics.jsonl as dicts, without one that a kill cut off."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(text))
+    return lines
+
+
+def run_stage(kind, module, draw, config, out, resume=None, score=None, **extra):
+    """Train with a progress bar, metrics.jsonl and out/<kind>.pt, going on from the checkpoint `resume` if given.
+
+    score(network) -> endpoint error; extra goes into the checkpoint. Returns the last checkpoint. Ctrl-C and
+    SIGTERM finish the step, save, and raise UserError with the command that goes on.
+    """
+    path, log_path, settings = out / f"{kind}.pt", out / "metrics.jsonl", dataclasses.asdict(config)
+    if kind == "teacher":
+        config = dataclasses.replace(config, steps=config.teacher_steps, learning_rate=config.teacher_learning_rate)
+    state, began = TrainState(module, config), time.perf_counter()
+    if resume:
+        try:
+            state.restore(resume)
+            began -= resume["seconds"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as e:
+            raise UserError(f"{path} cannot be resumed ({e}): start anew with --overwrite") from e
+
+    def keep():
+        checkpoint = dict(kind=kind, config=settings, network=module.network.settings, versions=versions(),
+                          seconds=time.perf_counter() - began, **extra, **state.checkpoint())
+        save(path, functools.partial(torch.save, checkpoint))
+        return checkpoint
+
+    # Lines of this stage past the checkpoint will come again.
+    lines = [line for line in read_log(log_path) if line["stage"] != kind or line["step"] <= state.step]
+    save(log_path, lambda p: p.write_text("".join(json.dumps(line) + "\n" for line in lines)))
+    last, sums, shown = keep(), {}, {}  # kept before the first step: a folder that cannot be written is found now
+    with deferred_interrupts() as interrupts, open(log_path, "a") as log, tqdm(
+        desc=kind, total=config.steps, initial=state.step, unit="step", dynamic_ncols=True, disable=None
+    ) as bar:
+        for step, figures, _ in train(module, draw, config, state):
+            done = bool(interrupts) or step == config.steps
+            for name, value in figures.items():
+                sums.setdefault(name, []).append(value)
+            if score and (done or step % config.eval_interval == 0):
+                shown["endpoint_error"] = score(state.ema.module)
+            if done or step % config.log_interval == 0:
+                shown.update({name: torch.stack(values).mean().item() for name, values in sums.items()})
+                sums = {}
+                line = dict(stage=kind, step=step, seconds=round(time.perf_counter() - began, 3), **shown)
+                print(json.dumps(line), file=log, flush=True)
+                bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
+            if done or step % config.checkpoint_interval == 0:
+                last = keep()
+            bar.update()
+            if interrupts:
+                raise UserError(f"interrupted; {path} is saved at step {step} of {config.steps}. Go on with: "
+                                f"python fmd.py --out {out} --resume")
+    print(f"{kind}: {config.steps} steps in {last['seconds']:.1f} s, {path}")
+    return last
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 7. Evaluation
+
+
+@torch.no_grad()
+def sample(student, n, y=None, guidance=None, generator=None):
+    """n one-step samples f(z, 1), (n, C, H, W), by one evaluation of the network. y, guidance: (n,) or None."""
+    device = student.pos_embed.device
+    z = torch.randn(n, *student.shape, generator=generator).to(device)
+    return student.map(z, torch.ones(n, device=device), y, guidance)
+
+
+@torch.no_grad()
+def student_path(student, z, points, y=None, guidance=None):
+    """f(z, i / points) for i = 0 ... points, each a jump from z: (points + 1, B, C, H, W), as solve_ode's path."""
+    return torch.stack([student.map(z, torch.full((len(z),), i / points, device=z.device), y, guidance)
+                        for i in range(points + 1)])
+
+
+def relative_error(found, truth, reference=None):
+    """sqrt(E||found - truth||^2 / E||s - mean s||^2), s being the reference or else the truth. 0 is exact; at 1
+    the error is as wide as the reference."""
+    s = truth if reference is None else reference
+    return ((found - truth).square().mean() / (s - s.mean(0)).square().mean()).sqrt().item()
+
+
+def error_along_path(found, truth):
+    """Relative error at every delta of two paths (S, B, C, H, W), S numbers in units of the spread at delta = 1."""
+    return [relative_error(a, b, truth[-1]) for a, b in zip(found, truth)]
+
+
+def endpoint_error(student, teacher, z, y=None, guidance=None, steps=64):
+    """Relative error of f(z, 1) against the teacher's phi(z, 1), found by `steps` RK4 steps. z (B, C, H, W).
+    Its floor is 0, up to the error of the solver."""
+    phi = solve_ode(teacher if guidance is None else guided(teacher, guidance), z, steps, "rk4", y)
+    return relative_error(student_path(student, z, 1, y, guidance)[1], phi)
+
+
+def sliced_w2(a, b, projections=128):
+    """Sliced 2-Wasserstein distance of two sets of samples of one shape (N, ...): root mean square, over fixed
+    random directions, of the distance between sorted projections. Raises ValueError.
+
+    Two sets of one law are not 0 apart: their distance is the floor to compare with.
+    """
+    a, b = a.flatten(1), b.flatten(1)
+    if a.shape != b.shape:
+        raise ValueError(f"sliced_w2 needs two sets of one shape, not {tuple(a.shape)} and {tuple(b.shape)}")
+    directions = nnf.normalize(torch.randn(a.shape[1], projections, generator=generator(0)), dim=0).to(a)
+    return ((a @ directions).sort(0)[0] - (b @ directions).sort(0)[0]).square().mean().sqrt().item()
+
+
+def coverage(toy, x):
+    """The share of points x (N, 2, 1, 1) outside the toy, and that of its emptiest part over what is its due.
+
+    Outside is farther from the skeleton than 4 standard deviations of the blur, or than 0.07. A part is a cell,
+    a mode, or a quarter of a curve, and has the points nearest to it. Data has about 0 and a little less than 1.
+    """
+    line = torch.linspace(0, 1, 1024 if toy.blur else 33)
+    v = torch.stack([line, line], 1) if toy.blur else torch.cartesian_prod(line, line)
+    k, v = torch.arange(toy.num_classes).repeat_interleave(len(v)), v.repeat(toy.num_classes, 1)
+    part = k * toy.arcs + (v[:, 0] * toy.arcs).long().clamp(max=toy.arcs - 1)
+    near = [torch.cdist(chunk, toy.skeleton(k, v)).min(1) for chunk in x.flatten(1).cpu().split(1000)]
+    outside = torch.cat([n.values for n in near]) > max(4 * toy.blur, 0.07)
+    counts = part[torch.cat([n.indices for n in near])[~outside]].bincount(minlength=toy.num_classes * toy.arcs)
+    return dict(outside=outside.float().mean().item(), emptiest=(counts.min() * len(counts) / len(x)).item())
+
+
+def evaluate(student, start, config, out, files, data=None):
+    """Figures into metrics.json, pictures beside it; scores are of the unlabelled model.
+
+    start: the teacher's network; files: both checkpoints; data: a ToyData, or None to compare with the teacher
+    only. metrics.json is written last: it says that a run is complete.
+    """
+    n, device, steps = config.eval_samples, start.pos_embed.device, config.solver_steps
+    teacher = make_distiller(start, config).teacher
+    z = torch.randn(2, n, *start.shape, generator=generator(config.seed, EVALUATION, 1)).to(device)
+    strength = torch.full((n,), config.guidance_min, device=device) if config.is_guided else None
+    few = z[0, :2000]
+    path = solve_ode(teacher, few, steps, "rk4", return_path=True)
+    jumps = student_path(student, few, steps, None, None if strength is None else strength[: len(few)])
+    errors = error_along_path(jumps, path)
+    ends, others = (solve_ode(teacher, noise, 16, "rk4") for noise in z)
+    sets = {"teacher": ends, "student": student_path(student, z[0], 1, None, strength)[1]}
+    sw2, floor = sliced_w2(sets["student"], others), sliced_w2(ends, others)
+    metrics = dict(
+        endpoint_error=errors[-1], sw2=sw2, sw2_floor=floor, sw2_ratio=sw2 / floor, nfe=1,
+        teacher_nfe=steps * EVALUATIONS["rk4"], teacher_seconds=files["teacher"]["seconds"],
+        student_seconds=files["student"]["seconds"], seed=config.seed, device=str(device),
+        teacher_evaluations=evaluations_per_step(config) * files["student"]["step"],
+        threads=torch.get_num_threads(), versions=versions(), config=dataclasses.asdict(config))
+    if data:
+        sets = {"data": data.draw(n, generator(config.seed, EVALUATION, 2))[0], **sets}
+    if data and data.toy:
+        metrics["coverage"] = {name: coverage(data.toy, x) for name, x in sets.items()}
+    metrics["error_along_path"] = errors
+    titles = {"teacher": f"teacher, {metrics['teacher_nfe']} evaluations", "student": "student, 1 evaluation"}
+    save_figure(plot_samples({name: x[:4000] for name, x in sets.items()}, titles), out / "comparison.png")
+    save_figure(plot_paths(path[:, :24], jumps[:, :24]), out / "paths.png")
+    save_figure(plot_error({"student": errors}), out / "error.png")
+    save_figure(plot_losses(read_log(out / "metrics.jsonl")), out / "losses.png")
+    save_figure(animate_paths(path[:, :1500], jumps[:, :1500]), out / "paths.gif")
+    save(out / "metrics.json", lambda p: p.write_text(json.dumps(metrics, indent=1) + "\n"))
+    print(f"endpoint error {errors[-1]:.4f} of the spread; SW2 {sw2 / floor:.3f} times its floor of {floor:.4f}; "
+          f"1 evaluation instead of {metrics['teacher_nfe']}")
+    for name, c in metrics.get("coverage", {}).items():
+        print(f"{name:>8}: {c['outside']:6.2%} outside the toy, its emptiest part has {c['emptiest']:.2f} of its due")
+    print(f"pictures and metrics.json are in {out}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 8. Plots
+#
+# One colour for one thing, everywhere. Each function returns a figure; save_figure writes and closes it.
+
+COLORS = {"data": "#4d4d4d", "teacher": "#2166ac", "student": "#e08214", "critic": "#7b3294"}
+
+
+def panels(n, points, width):
+    """n square panels in a row that see the same part of the plane, all of points (..., 2, 1, 1)."""
+    figure, axes = plt.subplots(1, n, figsize=(width * n, width + 0.4), squeeze=False, layout="constrained")
+    limit = 1.05 * points.abs().max().item()
+    for axis in axes[0]:
+        axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=[], yticks=[])
+    return figure, axes[0]
+
+
+def plane(x):
+    """Points (N, 2, 1, 1) -> two arrays (N,)."""
+    return x.flatten(1).cpu().numpy().T
+
+
+def plot_samples(samples, titles=None):
+    """Sets of points side by side. samples: {"data" | "teacher" | "student": (N, 2, 1, 1)}."""
+    figure, axes = panels(len(samples), torch.cat([x.cpu() for x in samples.values()]), 4)
+    for axis, (name, x) in zip(axes, samples.items()):
+        axis.scatter(*plane(x), s=3, linewidths=0, alpha=0.6, color=COLORS[name])
+        axis.set_title((titles or {}).get(name, name), fontsize=13)
+    return figure
+
+
+def plot_paths(teacher_path, student_path):
+    """The teacher's paths and the student's f(z, delta) over them, (S, B, 2, 1, 1) from the same noises."""
+    figure, (axis,) = panels(1, torch.cat([teacher_path, student_path]), 6.5)
+    for name, path, width, alpha, dot in ("teacher", teacher_path, 4, 0.4, 70), ("student", student_path, 1.2, 1, 16):
+        for i in range(path.shape[1]):
+            axis.plot(*plane(path[:, i]), color=COLORS[name], lw=width, alpha=alpha, label=None if i else name)
+        axis.scatter(*plane(path[-1]), s=dot, linewidths=0, color=COLORS[name], alpha=max(alpha, 0.6), zorder=3)
+    axis.scatter(*plane(teacher_path[0]), s=28, facecolors="white", edgecolors="black", zorder=4, label="noise z")
+    axis.set_title("Teacher's ODE path and student's jumps f(z, δ), same noises", fontsize=13)
+    axis.legend(loc="upper left", fontsize=11, framealpha=0.9)
+    return figure
+
+
+def plot_error(curves, title="How far the student is from the teacher's path"):
+    """Errors over even steps of delta from 0 to 1. curves: {label: list}; "student" keeps its colour."""
+    figure, axis = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
+    for label, errors in curves.items():
+        axis.plot(np.linspace(0, 1, len(errors)), errors, lw=2.5, color=COLORS.get(label),
+                  label=f"{label}, {errors[-1]:.4f} at δ = 1")
+    axis.set(xlim=(0, 1), ylim=(0, None), title=title)
+    axis.set(xlabel="δ: 0 is noise, 1 is data", ylabel="error / spread of the samples")
+    axis.grid(alpha=0.3)
+    axis.legend(loc="upper left")
+    return figure
+
+
+def plot_losses(lines):
+    """The teacher's loss, the student's residuals and its endpoint error, from the lines of metrics.jsonl."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    for axis, title, stage, curves in zip(
+        axes,
+        ["Teacher: its loss", "Student: its residuals", "Student: distance from the teacher"],
+        ["teacher", "student", "student"],
+        [{"flow_matching": ("flow matching", "teacher")},
+         {"prediction": ("prediction, E‖D_G‖²/d", "student"), "correction": ("correction, E‖D_N‖²/d", "critic")},
+         {"endpoint_error": ("endpoint error", "student")}],
+    ):
+        for name, (label, color) in curves.items():
+            points = [(line["step"], line[name]) for line in lines if line["stage"] == stage and name in line]
+            axis.plot(*zip(*points) if points else ([], []), color=COLORS[color], label=label)
+        axis.set(title=title, xlabel="step", yscale="log" if stage == "student" else "linear")
+        axis.grid(alpha=0.3, which="both")
+        axis.legend()
+    return figure
+
+
+def animate_paths(teacher_path, student_path, frames=32):
+    """Noise becoming data along both paths, (S, B, 2, 1, 1): an animation that rests on its last frame."""
+    figure, axes = panels(2, torch.cat([teacher_path, student_path]), 3.6)
+    paths = {"teacher, ODE up to": teacher_path, "student, one jump to": student_path}
+    clouds = [axis.scatter([], [], s=4, linewidths=0, color=COLORS[name[:7]]) for axis, name in zip(axes, paths)]
+    steps = np.linspace(0, len(teacher_path) - 1, frames).round().astype(int).tolist()
+
+    def show(i):
+        for axis, cloud, (name, path) in zip(axes, clouds, paths.items()):
+            cloud.set_offsets(plane(path[i]).T)
+            axis.set_title(f"{name} δ = {i / (len(path) - 1):.2f}")
+
+    return FuncAnimation(figure, show, frames=steps + steps[-1:] * (frames // 2), init_func=lambda: None)
+
+
+def save_figure(figure, path):
+    """Write a figure as PNG or an animation as GIF, whole or not at all, and close it."""
+    if isinstance(figure, FuncAnimation):
+        save(path, lambda p: figure.save(p, writer=PillowWriter(fps=12), dpi=80))
+    else:
+        save(path, lambda p: figure.savefig(p, dpi=110))
+    plt.close(getattr(figure, "_fig", figure))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 9. Command line
+
+STAGE_FILES = {"all": ["teacher.pt", "student.pt"], "teacher": ["teacher.pt"], "distill": ["student.pt"],
+               "sample": ["samples.npz"], "evaluate": ["metrics.json"]}
+FREE = {"log_interval", "eval_interval", "checkpoint_interval"}  # a resumed run may change what computes nothing
+
+
+def train_teacher(config, out, device, resume=None):
+    """Stage 1: flow matching on the data. Returns the teacher's checkpoint."""
+    data = ToyData(config.toy)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(config.seed, NETWORK).initial_seed())
+        network = DiT(data.shape[1], data.shape[0], data.num_classes, config.hidden_size, config.depth,
+                      config.num_heads, config.patch_size).to(device)
+    draw = functools.partial(draw_data, data, config)
+    return run_stage("teacher", FlowMatching(network), draw, config, out, resume)
+
+
+def train_student(start, config, out, teacher_file, resume=None):
+    """Stage 2: distillation of `start` (or its closed form) from the prior alone. Returns the checkpoint."""
+    distiller, device = make_distiller(start, config), start.pos_embed.device
+    z = torch.randn(512, *start.shape, generator=generator(config.seed, EVALUATION, 0)).to(device)
+    strength = torch.full((len(z),), config.guidance_min, device=device) if config.is_guided else None
+    phi = solve_ode(distiller.teacher, z, config.solver_steps, "rk4")
+
+    def score(student):
+        return relative_error(student_path(student, z, 1, None, strength)[1], phi)
+
+    draw = functools.partial(draw_prior, start.shape, start.num_classes, config)
+    return run_stage("student", distiller, draw, config, out, resume, score, teacher=str(teacher_file.resolve()))
+
+
+def write_samples(student, config, out, n, classes=None, strength=None, seed=0):
+    """One-step samples: samples.png, and samples.npz with arr_0 (n, 2) float and arr_1 (n,) int64 labels."""
+    y, guidance, device = None, None, student.pos_embed.device
+    if classes:
+        known = [str(label) for label in range(student.num_classes)]
+        wanted = classes.split(",")
+        if not set(wanted) <= set(known):
+            raise UserError(f"--classes {classes}: give some of {','.join(known) or 'none, there are no labels'}", 2)
+        y = torch.tensor([int(label) for label in wanted], device=device)[torch.arange(n) % len(wanted)]
+    if strength is not None and not config.guidance_min <= strength <= config.guidance_max:
+        raise UserError(f"--guidance {strength}: this student was trained for strengths from {config.guidance_min} "
+                        f"to {config.guidance_max}", 2)
+    if config.is_guided:
+        guidance = torch.full((n,), config.guidance_min if strength is None else strength, device=device)
+    x = sample(student, n, y, guidance, generator(seed, SAMPLING)).cpu()
+    labels = torch.full((n,), student.num_classes) if y is None else y.cpu()
+    save(out / "samples.npz", lambda p: np.savez(p, arr_0=x.flatten(1).numpy(), arr_1=labels.numpy()))
+    save_figure(plot_samples({"student": x}, {"student": f"{n} samples, 1 evaluation"}), out / "samples.png")
+    print(f"{n} samples are in {out / 'samples.npz'}, a picture of them in {out / 'samples.png'}")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"fmd: {message}; python fmd.py --help lists the flags\n")
+
+
+def make_parser():
+    examples = "\n".join(line for line in __doc__.splitlines() if line.startswith("    python"))
+    parser = Parser("fmd.py", description="Flow map distillation without data. Commands to paste:\n" + examples,
+                    allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--stage", default="all", choices=list(STAGE_FILES), help="what to do (default: all)")
+    add("--teacher", metavar="FILE", help="distill this teacher instead of training one; touches no data")
+    add("--student", metavar="FILE", help="sample or evaluate this student")
+    add("--out", metavar="DIR", help="folder of the run (default: the next free one of runs/DATASET, ...-2)")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out, or start if there is none")
+    add("--overwrite", action="store_true", help="replace what an earlier run left in --out")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto)")
+    add("--samples", type=int, default=4096, help="for --stage sample: how many (default: 4096)")
+    add("--classes", help="for --stage sample: labels, such as 0,1,2 (default: unlabelled)")
+    add("--guidance", type=float, help="for --stage sample: strength, of students that were trained with it")
+    add("--debug", action="store_true", help="show where an error comes from")
+    add = parser.add_argument_group("configuration").add_argument
+    for f in dataclasses.fields(Config):
+        defaults = [str(f.default), *(f"{name}: {p[f.name]}" for name, p in PRESETS.items() if f.name in p)]
+        kind = dict(type=f.type, metavar=f.type.__name__.upper())
+        if f.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)
+        add(flag(f.name), default=argparse.SUPPRESS, help=f"{f.metadata['help']} ({', '.join(defaults)})", **kind)
+    return parser
+
+
+def pick_device(name):
+    """The device of a name; auto is an accelerator if there is one. Raises UserError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {name} is not to be had on this machine: try --device cpu", 2) from e
+
+
+def pick_folder(args, dataset):
+    """--out, or the newest run under runs/ to read or resume, or the next free name there."""
+    if args.out or args.student:
+        return Path(args.out or Path(args.student).parent)
+    names = [Path("runs", dataset if i == 1 else f"{dataset}-{i}") for i in range(1, 10000)]
+    free = next(i for i, name in enumerate(names) if not name.exists())
+    return names[free - 1 if free and (args.resume or args.stage in ("sample", "evaluate")) else free]
+
+
+def settle(given, base, grows=()):
+    """`base` with the flags that were given. What goes on must be what began: a flag that differs is refused,
+    unless it is FREE, or in `grows` and larger."""
+    for name, value in given.items():
+        old = getattr(base, name)
+        if value != old and name not in FREE and not (name in grows and value > old):
+            raise UserError(f"{flag(name)} {value} contradicts {old}, the setting of the run or teacher that is used: "
+                            "leave the flag away, or start anew with another --out", 2)
+    return dataclasses.replace(base, **given)
+
+
+def run(args):
+    """One command, from parsed arguments to files."""
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
+    dataset = given.get("dataset", "toy2d")
+    config = Config(**{**PRESETS.get(dataset, {}), **given})
+    if args.samples < 1:
+        raise UserError(f"--samples {args.samples}: give at least 1", 2)
+    device, out = pick_device(args.device), pick_folder(args, dataset)
+    teacher_file, student_file = Path(args.teacher or out / "teacher.pt"), Path(args.student or out / "student.pt")
+    for name in STAGE_FILES[args.stage]:
+        if (out / name).exists() and not args.resume and not args.overwrite:
+            raise UserError(f"{out / name} is there already: --resume goes on with it, --overwrite replaces it, "
+                            "another --out leaves it alone", 2)
+
+    if args.stage in ("sample", "evaluate"):
+        checkpoint = read_checkpoint(student_file, "student")
+        student = load_network(FlowMap, checkpoint, student_file, device)
+        out.mkdir(parents=True, exist_ok=True)
+        if args.stage == "sample":
+            return write_samples(student, checkpoint["config"], out, args.samples, args.classes, args.guidance,
+                                 config.seed)
+        if not teacher_file.exists():
+            teacher_file = Path(args.teacher or checkpoint["teacher"])
+        teacher = read_checkpoint(teacher_file, "teacher")
+        start, config = load_network(DiT, teacher, teacher_file, device), settle(given, checkpoint["config"])
+        files = {"teacher": teacher, "student": checkpoint}
+        return evaluate(student, start, config, out, files, ToyData(config.toy))
+
+    # What is there already, and the settings to which it binds us.
+    resume = {kind: read_checkpoint(out / f"{kind}.pt", kind)
+              if args.resume and (out / f"{kind}.pt").exists() else None for kind in ("teacher", "student")}
+    own_teacher = args.stage != "distill" and not args.teacher
+    if resume["student"]:
+        config = settle(given, resume["student"]["config"], ["steps"])
+        teacher_file = Path(args.teacher or resume["student"]["teacher"])
+        own_teacher = own_teacher and teacher_file == (out / "teacher.pt").resolve()
+        if resume["student"]["step"] == config.steps and (out / "metrics.json").exists():
+            return print(f"{out} is finished: a larger --steps goes on, --stage evaluate --overwrite measures again")
+    elif resume["teacher"] and own_teacher:
+        config = settle(given, resume["teacher"]["config"], ["steps", "teacher_steps"])
+
+    if own_teacher:
+        data = ToyData(config.toy)  # before anything is replaced
+    else:
+        teacher = read_checkpoint(teacher_file, "teacher")
+        start, data = load_network(DiT, teacher, teacher_file, device), None
+        of_teacher = {k: getattr(teacher["config"], k) for k in ("dataset", "toy", *start.settings) if hasattr(config, k)}
+        settle({k: v for k, v in given.items() if k in of_teacher}, teacher["config"])
+        config = dataclasses.replace(config, **of_teacher)
+        if teacher["step"] < teacher["config"].teacher_steps:
+            print(f"note: {teacher_file} is unfinished, at step {teacher['step']} of {teacher['config'].teacher_steps}")
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ["metrics.json"] + ["metrics.jsonl"] * (own_teacher and not args.resume):
+        (out / name).unlink(missing_ok=True)  # of a run that goes on or is replaced
+    if own_teacher:
+        teacher = train_teacher(config, out, device, resume["teacher"])
+        start = load_network(DiT, teacher, teacher_file, device)
+    if args.stage == "teacher":
+        return None
+    checkpoint = train_student(start, config, out, teacher_file, resume["student"])
+    student = load_network(FlowMap, checkpoint, out / "student.pt", device)
+    return evaluate(student, start, config, out, {"teacher": teacher, "student": checkpoint}, data)
+
+
+def main(argv=None):
+    """The command line. Returns the exit status: 0 done, 1 failed while running, 2 a command that cannot be right."""
+    args = make_parser().parse_args(argv)
+    terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill ends as Ctrl-C does
+    try:
+        run(args)
+        return 0
+    except (Exception, KeyboardInterrupt) as e:
+        if args.debug:
+            raise
+        status = e.args[1] if isinstance(e, UserError) and len(e.args) > 1 else 1
+        line = e.args[0] if isinstance(e, UserError) else f"{type(e).__name__}: {e} (--debug shows where)"
+        if isinstance(e, KeyboardInterrupt):
+            line = "interrupted; the same command with --resume goes on"
+        elif isinstance(e, OSError):
+            line = f"{e.strerror or e} {e.filename or ''}: mend or free the place, or choose another --out"
+        elif "out of memory" in str(e).lower() or "allocate memory" in str(e).lower():
+            line = "out of memory: lower --batch-size"
+        print("fmd:", " ".join(line.split()), file=sys.stderr)
+        return status
+    finally:
+        signal.signal(signal.SIGTERM, terminate)
+
+
+if __name__ == "__main__":
+    matplotlib.use("Agg")
+    sys.exit(main())

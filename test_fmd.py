@@ -1,0 +1,1117 @@
+"""Tests of fmd against closed forms, independent computations, and the command line as a user meets it.
+
+    python -m pytest -q test_fmd.py
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+
+import fmd
+
+matplotlib.use("Agg")
+torch.set_num_threads(1)  # small tensors: more threads cost more than they bring
+TINY = ["--hidden-size", "16", "--depth", "1", "--batch-size", "16", "--teacher-steps", "8", "--steps", "12",
+        "--eval-samples", "200", "--solver-steps", "8", "--log-interval", "3", "--eval-interval", "6",
+        "--checkpoint-interval", "4", "--warmup", "2", "--device", "cpu"]
+
+
+def images(*rows):
+    """Numbers -> (B, C, 1, 1) in double precision."""
+    return torch.tensor(rows, dtype=torch.float64)[:, :, None, None]
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def times(n, seed=0, low=0.05, high=0.95):
+    return low + (high - low) * torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def perturbed(network, seed=0, scale=0.3):
+    """In double precision, with weights that are not zero anywhere: the initial ones hide most of the network."""
+    generator = torch.Generator().manual_seed(seed)
+    network = network.double()
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(scale * torch.randn(p.shape, generator=generator, dtype=p.dtype) / max(1, p[0].numel()) ** 0.5)
+    return network
+
+
+def small(cls=fmd.DiT, seed=0, **settings):
+    return perturbed(cls(**{**dict(num_classes=3, hidden_size=16, depth=2, num_heads=2), **settings}), seed)
+
+
+# ----------------------------------------------------------------------------------------- the Gaussian, in closed form
+
+MU, S = torch.tensor([0.7, -0.4], dtype=torch.float64), 0.6
+
+
+def gaussian_flow(z, delta):
+    scale = (delta**2 * S**2 + (1 - delta) ** 2).sqrt()
+    return fmd.expand(delta) * MU[:, None, None] + fmd.expand(scale) * z
+
+
+class GaussianMap(torch.nn.Module):
+    """The exact student of N(MU, S^2), its samples shifted by `shift` times delta."""
+
+    def __init__(self, shift=0.0):
+        super().__init__()
+        self.shift = torch.nn.Parameter(torch.full((2, 1, 1), shift, dtype=torch.float64))
+
+    def forward(self, z, delta, y=None, guidance=None):
+        root = (delta**2 * S**2 + (1 - delta) ** 2).sqrt()
+        return MU[:, None, None] + self.shift + fmd.expand(((1 + S**2) * delta - 2) / (1 + root)) * z
+
+    def map(self, z, delta, y=None, guidance=None):
+        return z + fmd.expand(delta) * self(z, delta)
+
+
+def gaussian_teacher(shift=0.0):
+    teacher = fmd.ExactTeacher(MU[None] + shift, [S]).double()
+    teacher.means, teacher.stds = MU[None] + shift, torch.tensor([S], dtype=torch.float64)
+    return teacher
+
+
+def slope(t):
+    return ((1 - t) * S**2 - t) / ((1 - t) ** 2 * S**2 + t**2)
+
+
+@pytest.mark.parametrize("form, h, tolerance", [("jvp", 0.1, 1e-12), ("difference", 1e-4, 1e-6), ("step", 1e-3, 1e-5)])
+def test_prediction_gradient_vanishes_at_the_exact_flow_map(form, h, tolerance):
+    z, delta = noise(64, 2, 1, 1), times(64)
+    _, D_G = fmd.prediction_gradient(GaussianMap(), gaussian_teacher(), z, delta, form=form, h=h)
+    assert D_G.abs().max() < tolerance
+
+
+@pytest.mark.parametrize("form, h, tolerance", [("jvp", 0.1, 1e-12), ("difference", 1e-4, 1e-6), ("step", 1e-4, 1e-3)])
+def test_prediction_gradient_of_a_shifted_map(form, h, tolerance):
+    # f = phi + delta b, and u is linear in x: D_G = b - slope(1 - delta) delta b, of the sign of b where it matters
+    z, delta, b = noise(64, 2, 1, 1), times(64), 0.3
+    F, D_G = fmd.prediction_gradient(GaussianMap(b), gaussian_teacher(), z, delta, form=form, h=h)
+    expected = fmd.expand(b * (1 - slope(1 - delta) * delta)).expand_as(z)
+    torch.testing.assert_close(D_G, expected, atol=tolerance, rtol=tolerance)
+    assert (F - GaussianMap()(z, delta)).sub(b).abs().max() < 1e-12
+    assert (D_G[delta < 0.5] > 0).all()
+
+
+def test_correction_gradient_is_zero_at_the_truth_and_points_away_from_it():
+    x_r, r, b = noise(64, 2, 1, 1), times(64), 0.3
+    u = gaussian_teacher()
+    assert fmd.correction_gradient(u(x_r, r), u, x_r, r).abs().max() == 0
+    D_N = fmd.correction_gradient(gaussian_teacher(b)(x_r, r), u, x_r, r)
+    variance = (1 - r) ** 2 * S**2 + r**2
+    torch.testing.assert_close(D_N, fmd.expand(b * r / variance).expand_as(x_r))  # of b's sign: descent goes back
+
+
+def test_correction_descends_the_kl_between_noised_laws():
+    # KL(q_r || p_r) of two Gaussians with means (1 - r) b apart; method: its gradient is (1 - r)^2 / r times D_N
+    r = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
+    b = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    variance = (1 - r) ** 2 * S**2 + r**2
+    for i in range(3):
+        (slope_of_kl,) = torch.autograd.grad(((1 - r[i]) * b) ** 2 / (2 * variance[i]), b)
+        x = images([0.1, 0.2])
+        D_N = fmd.correction_gradient(gaussian_teacher(0.3)(x, r[i : i + 1]), gaussian_teacher(), x, r[i : i + 1])
+        torch.testing.assert_close((1 - r[i]) ** 2 / r[i] * D_N.flatten()[0], slope_of_kl)
+
+
+def test_training_by_prediction_or_correction_recovers_the_gaussian():
+    # the shift of an otherwise exact student is the only parameter: both losses, by themselves, must bring it to 0
+    config = fmd.Config(prediction="jvp", decay=0.0, alpha=1.0, label_dropout=1.0)
+    for share in (0.0, 1.0):
+        student, c = GaussianMap(0.5), dataclasses.replace(config, correction_share=share)
+
+        class ExactCritic(torch.nn.Module):
+            def forward(self, x, r, y=None, guidance=None):
+                return gaussian_teacher(student.shift.detach().flatten())(x, r)
+
+        distiller = fmd.Distiller(student, ExactCritic(), lambda x, t, y=None: gaussian_teacher()(x, t), c)
+        optimizer = torch.optim.SGD([student.shift], lr=0.3)
+        for step in range(60):
+            predict, correct = fmd.draw_prior((2, 1, 1), 0, c, step)
+            as_double = [{k: v.double() if v.is_floating_point() else v for k, v in d.items()} for d in (predict, correct)]
+            loss, _ = distiller(tuple(as_double))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert student.shift.abs().max() < 0.02, share
+
+
+@pytest.mark.parametrize("method, order", [("euler", 1), ("heun", 2), ("rk4", 4)])
+def test_solver_has_its_order_of_convergence(method, order):
+    z, one = noise(32, 2, 1, 1), torch.ones(32, dtype=torch.float64)
+    errors = [(fmd.solve_ode(gaussian_teacher(), z, n, method) - gaussian_flow(z, one)).abs().max().item() for n in (32, 64)]
+    assert abs(math.log2(errors[0] / errors[1]) - order) < 0.25
+
+
+def test_solver_counts_its_evaluations_and_returns_its_path():
+    calls = []
+
+    def u(x, t, y=None):
+        calls.append((t.item(), y))
+        return gaussian_teacher()(x, t)
+
+    z = noise(4, 2, 1, 1)
+    for method, number in fmd.EVALUATIONS.items():
+        calls.clear()
+        path = fmd.solve_ode(u, z, 5, method, y="label", return_path=True)
+        assert len(calls) == 5 * number and {y for _, y in calls} == {"label"}
+        assert calls[0][0] == 1 and min(t for t, _ in calls) == pytest.approx(0 if number > 1 else 0.2, abs=1e-12)
+        assert path.shape == (6, 4, 2, 1, 1) and torch.equal(path[0], z)
+        assert torch.equal(path[-1], fmd.solve_ode(u, z, 5, method))
+    with pytest.raises(ValueError):
+        fmd.solve_ode(u, z, 0)
+    with pytest.raises(ValueError):
+        fmd.solve_ode(u, z, 2, "midpoint")
+
+
+# ------------------------------------------------------------------------------------------------- teachers
+
+
+@pytest.mark.parametrize("label", [None, 0, 2, 3])
+def test_exact_teacher_against_integrals_over_the_data(label):
+    # one dimension: E[x - n | x_t] by summing over x on a grid, n = (x_t - (1 - t) x) / t being then known
+    means, stds = torch.tensor([[-1.0], [0.5], [1.5]]), torch.tensor([0.3, 0.15, 0.4])
+    x = torch.linspace(-6, 6, 40001, dtype=torch.float64)
+    components = [torch.exp(-((x - m) ** 2) / (2 * s**2)) / s for m, s in zip(means[:, 0].double(), stds.double())]
+    density = components[label] if label in (0, 2) else sum(components)
+    teacher = fmd.ExactTeacher(means, stds)
+    for t in (0.05, 0.3, 0.7, 0.99):
+        for x_t in (-1.2, 0.1, 2.0):
+            n = (x_t - (1 - t) * x) / t
+            posterior = density * torch.exp(-(n**2) / 2)
+            expected = (posterior * (x - n)).sum() / posterior.sum()
+            y = None if label is None else torch.tensor([label])
+            found = teacher(torch.full((1, 1, 1, 1), x_t), torch.tensor([t]), y)
+            torch.testing.assert_close(found.double().flatten()[0], expected, atol=3e-4, rtol=3e-4)
+
+
+def test_exact_teacher_refuses_points():
+    with pytest.raises(ValueError):
+        fmd.ExactTeacher([[0.0, 0.0]], [0.0])
+    with pytest.raises(ValueError):
+        fmd.ExactTeacher([[0.0, 0.0]], [1.0, 1.0])
+
+
+def test_exact_teacher_generates_the_toy_it_describes():
+    teacher = fmd.make_distiller(small(num_classes=8).float(), fmd.Config(toy="gaussians", exact_teacher=True)).teacher
+    z = noise(2000, 2, 1, 1).float()
+    x = fmd.solve_ode(teacher, z, 64, "rk4")
+    found = fmd.coverage(fmd.TOYS["gaussians"], x)
+    assert found["outside"] < 0.005 and found["emptiest"] > 0.75
+    y = torch.full((500,), 3)
+    x = fmd.solve_ode(teacher, z[:500], 64, "rk4", y).flatten(1)
+    angle = torch.tensor(3 * math.pi / 4)
+    torch.testing.assert_close(x.mean(0), 1.4 * torch.stack([angle.cos(), angle.sin()]), atol=0.02, rtol=0)
+    torch.testing.assert_close(x.std(0), torch.full((2,), 0.12), atol=0.01, rtol=0)
+
+
+def test_guidance_is_linear_inside_its_interval_and_one_call():
+    network, calls = small(), []
+
+    class Counted(torch.nn.Module):
+        num_classes = 3
+
+        def forward(self, x, t, y=None):
+            calls.append(len(x))
+            return network(x, t, y)
+
+    x, t, y = noise(6, 2, 1, 1), torch.tensor([0.0, 0.2, 0.5, 0.7, 0.71, 1.0]).double(), torch.tensor([0, 1, 2, 0, 1, 3])
+    gamma = torch.tensor([2.0, 3, 4, 5, 6, 7]).double()
+    with torch.no_grad():
+        found = fmd.guided(Counted(), gamma, (0.2, 0.7))(x, t, y)
+        label, null = network(x, t, y), network(x, t)
+    gamma = torch.tensor([1.0, 3, 4, 5, 1, 1]).double()
+    torch.testing.assert_close(found, fmd.expand(gamma) * label + fmd.expand(1 - gamma) * null)
+    assert calls == [12]
+    torch.testing.assert_close(fmd.guided(Counted(), 4.0)(x, t), null)
+    torch.testing.assert_close(fmd.guided(Counted(), 1.0)(x, t, y), label)
+
+
+def test_flow_matching_is_the_mean_square_by_hand():
+    class Constant(torch.nn.Module):
+        def forward(self, x, t, y=None):
+            self.seen = (x, t, y)
+            return torch.full_like(x, 2.0)
+
+    network = Constant()
+    batch = dict(x=images([1.0, 3.0]), n=images([-1.0, 1.0]), t=torch.tensor([0.25]).double(), y=torch.tensor([1]))
+    loss, figures = fmd.FlowMatching(network)(batch)
+    torch.testing.assert_close(network.seen[0], images([0.5, 2.5]))  # a quarter of the way to the noise
+    assert network.seen[1:] == (batch["t"], batch["y"])
+    assert loss.item() == figures["flow_matching"].item() == 0  # x - n = 2, from noise to data
+
+
+# ------------------------------------------------------------------------------------------------- network
+
+
+def plain_dit(w, x, t, y, heads, depth, patch):
+    """A DiT from its description, one sample at a time and in other words than fmd's."""
+    D, C, side = w["pos_embed"].shape[2], x.shape[1], x.shape[2] // patch
+    frequency = torch.tensor([10000 ** (-i / 128) for i in range(128)], dtype=x.dtype)
+
+    def linear(name, v):
+        return v @ w[name + ".weight"].T + w[name + ".bias"]
+
+    def norm(v, eps, scale=1.0, shift=0.0):
+        v = v - v.mean(-1, keepdim=True)
+        return v / (v.square().mean(-1, keepdim=True) + eps).sqrt() * scale + shift
+
+    outputs = []
+    for b in range(len(x)):
+        embedding = torch.cat([torch.cos(t[b] * frequency), torch.sin(t[b] * frequency)])
+        c = linear("t_embedder.mlp.2", torch.nn.functional.silu(linear("t_embedder.mlp.0", embedding)))
+        c = torch.nn.functional.silu(c + w["y_embedder.embedding_table.weight"][y[b]])
+        tokens = []
+        for i in range(side):
+            for j in range(side):
+                block = x[b, :, i * patch : (i + 1) * patch, j * patch : (j + 1) * patch]
+                tokens.append((w["x_embedder.proj.weight"] * block).sum((1, 2, 3)) + w["x_embedder.proj.bias"])
+        h = torch.stack(tokens) + w["pos_embed"][0]
+        for k in range(depth):
+            p = f"blocks.{k}."
+            a = linear(p + "adaLN_modulation.1", c).reshape(6, D)
+            m = norm(h, 1e-6) * (1 + a[1]) + a[0]
+            q, key, v = linear(p + "attn.qkv", m).reshape(len(h), 3, heads, D // heads).unbind(1)
+            if p + "attn.q_norm.weight" in w:
+                q = norm(q, 1e-5, w[p + "attn.q_norm.weight"], w[p + "attn.q_norm.bias"])
+                key = norm(key, 1e-5, w[p + "attn.k_norm.weight"], w[p + "attn.k_norm.bias"])
+            mixed = []
+            for i in range(heads):
+                weight = (q[:, i] @ key[:, i].T / (D // heads) ** 0.5).exp()
+                mixed.append(weight / weight.sum(1, keepdim=True) @ v[:, i])
+            h = h + a[2] * linear(p + "attn.proj", torch.cat(mixed, 1))
+            m = linear(p + "mlp.fc1", norm(h, 1e-6) * (1 + a[4]) + a[3])
+            m = 0.5 * m * (1 + torch.tanh((2 / math.pi) ** 0.5 * (m + 0.044715 * m**3)))
+            h = h + a[5] * linear(p + "mlp.fc2", m)
+        a = linear("final_layer.adaLN_modulation.1", c).reshape(2, D)
+        h = linear("final_layer.linear", norm(h, 1e-6) * (1 + a[1]) + a[0])
+        out = torch.empty(C, side * patch, side * patch, dtype=x.dtype)
+        for i in range(side):
+            for j in range(side):
+                piece = h[i * side + j].reshape(patch, patch, C)
+                out[:, i * patch : (i + 1) * patch, j * patch : (j + 1) * patch] = piece.permute(2, 0, 1)
+        outputs.append(out)
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("settings", [
+    dict(), dict(input_size=4, in_channels=3, patch_size=2), dict(input_size=4, in_channels=3, patch_size=2, qk_norm=True)])
+def test_network_against_a_plain_implementation(settings):
+    network = small(**settings)
+    x, t, y = noise(3, *network.shape), times(3), torch.tensor([0, 3, 2])
+    expected = plain_dit(network.state_dict(), x, t, y, 2, 2, network.patch_size)
+    with torch.no_grad():
+        torch.testing.assert_close(network(x, t, y), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(network(x, t, None), network(x, t, torch.full((3,), 3)))
+        torch.testing.assert_close(network(x, t[:1], y), network(x, t[:1].expand(3), y))
+
+
+def test_names_and_number_of_parameters_are_those_of_public_files():
+    network = fmd.DiT(32, 4, 1000, 384, 12, 6, 2)  # S/2
+    D, names = 384, set(network.state_dict())
+    block = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1"]
+    layers = [f"blocks.{i}.{b}" for i in range(12) for b in block] + ["x_embedder.proj", "t_embedder.mlp.0",
+              "t_embedder.mlp.2", "final_layer.linear", "final_layer.adaLN_modulation.1"]
+    expected = {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+    assert names == expected | {"pos_embed", "y_embedder.embedding_table.weight"}
+    per_block = (3 * D * D + 3 * D) + (D * D + D) + (4 * D * D + 4 * D) + (4 * D * D + D) + (6 * D * D + 6 * D)
+    others = (16 * D + D) + (256 * D + D) + (D * D + D) + 1001 * D + (2 * D * D + 2 * D) + (16 * D + 16)
+    assert sum(p.numel() for p in network.parameters()) == 12 * per_block + others
+    assert network.pos_embed.shape == (1, 256, D)
+    assert set(fmd.DiT(qk_norm=True).state_dict()) - set(fmd.DiT().state_dict()) == {
+        f"blocks.{i}.attn.{q}_norm.{part}" for i in range(3) for q in "qk" for part in ("weight", "bias")}
+
+
+def test_position_embedding_by_its_formula():
+    table = fmd.position_embedding(16, 5)[0]
+    row, column = 3, 2
+    token = table[row * 5 + column].double()
+    frequency = torch.tensor([10000 ** (-i / 4) for i in range(4)], dtype=torch.float64)
+    expected = [torch.sin(column * frequency), torch.cos(column * frequency),
+                torch.sin(row * frequency), torch.cos(row * frequency)]
+    torch.testing.assert_close(token, torch.cat(expected), atol=1e-6, rtol=0)
+
+
+def test_network_begins_at_zero_and_blocks_as_the_identity():
+    network = fmd.DiT(input_size=4, in_channels=3, patch_size=2)
+    assert network(torch.randn(2, 3, 4, 4), torch.rand(2)).abs().max() == 0
+    x = torch.randn(2, 4, 64)
+    assert torch.equal(network.blocks[0](x, torch.randn(2, 64)), x)
+
+
+def test_student_made_from_a_teacher_is_its_velocity():
+    teacher = small()
+    student = fmd.FlowMap.from_teacher(teacher).double()
+    student.load_state_dict(teacher.state_dict())
+    z, delta, y = noise(5, 2, 1, 1), times(5), torch.tensor([0, 1, 2, 3, 1])
+    with torch.no_grad():
+        torch.testing.assert_close(student(z, delta, y), teacher(z, 1 - delta, y))
+        torch.testing.assert_close(student.map(z, delta, y), z + fmd.expand(delta) * teacher(z, 1 - delta, y))
+        assert torch.equal(student.map(z, torch.zeros(5).double(), y), z)
+    copy = fmd.FlowMap.from_teacher(teacher)
+    assert all(torch.equal(a, b) for a, b in zip(copy.state_dict().values(), teacher.float().state_dict().values()))
+
+
+def test_guidance_input_changes_nothing_at_first_and_something_later():
+    teacher = small().float()
+    student = fmd.FlowMap.from_teacher(teacher, guidance=True)
+    z, delta, y, strength = torch.randn(4, 2, 1, 1), torch.rand(4), torch.tensor([0, 1, 2, 3]), torch.tensor([1.0, 2, 3, 4])
+    torch.testing.assert_close(student(z, delta, y, strength), teacher(z, 1 - delta, y))
+    perturbed(student, 1)
+    z, delta, strength = z.double(), delta.double(), strength.double()
+    assert (student(z, delta, y, strength) - student(z, delta, y, strength + 1)).abs().min() > 1e-6
+    torch.testing.assert_close(student(z, delta, y, None), student(z, delta, y, torch.ones(4).double()))
+    with pytest.raises(ValueError):
+        teacher.double()(z, delta, y, strength)
+
+
+# ------------------------------------------------------------------------------------------------- distillation
+
+
+def test_forms_of_the_prediction_converge_to_each_other():
+    student, teacher = small(fmd.FlowMap, 1, input_size=4, patch_size=2), small(seed=2, input_size=4, patch_size=2)
+    z, delta, y = noise(6, 2, 4, 4), times(6, low=0.3, high=0.7), torch.tensor([0, 1, 2, 3, 0, 1])
+    F, exact = fmd.prediction_gradient(student, teacher, z, delta, y, form="jvp")
+    torch.testing.assert_close(F, student(z, delta, y))
+    # the derivative, independently: reverse mode of each output
+    d = delta.clone().requires_grad_(True)
+    out = student(z, d, y)
+    rows = [torch.autograd.grad(out.flatten(1)[:, i].sum(), d, retain_graph=True)[0] for i in range(32)]
+    v_G = out + fmd.expand(delta) * torch.stack(rows, 1).view_as(out)
+    torch.testing.assert_close(exact, (v_G - teacher(student.map(z, delta, y), 1 - delta, y)).detach())
+    for form, order in (("difference", 2), ("step", 1)):
+        gaps = [(fmd.prediction_gradient(student, teacher, z, delta, y, form=form, h=h)[1] - exact).abs().max().item()
+                for h in (0.02, 0.01)]
+        assert abs(math.log2(gaps[0] / gaps[1]) - order) < 0.2, form
+
+
+def test_a_step_as_long_as_the_path_is_regression_on_the_teacher():
+    # h = delta: the step begins at the noise, so the student is held to the teacher's own Heun step
+    student, teacher = small(fmd.FlowMap, 1), small(seed=2)
+    z, delta = noise(6, 2, 1, 1), times(6)
+    F, D_G = fmd.prediction_gradient(student, teacher, z, delta, form="step", h=delta)
+    k1 = teacher(z, torch.ones(6).double())
+    k2 = teacher(z + fmd.expand(delta) * k1, 1 - delta)
+    torch.testing.assert_close(D_G, (F - (k1 + k2) / 2).detach())
+
+
+def gradients(loss, network):
+    return torch.autograd.grad(loss, list(network.parameters()), retain_graph=True, allow_unused=True)
+
+
+def assert_same_gradients(found, expected):
+    """allow_unused: a weight that takes no part (queries and keys of a lone token) has gradient None or 0."""
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(torch.zeros(1) if a is None else a, torch.zeros(1) if b is None else b)
+
+
+@pytest.mark.parametrize("form", ["jvp", "difference", "step"])
+def test_gradient_of_the_prediction_is_that_of_its_equation(form):
+    # [8]: half the mean square of F - sg(u - delta dF/ddelta), all of the target held fixed
+    config = fmd.Config(prediction=form, decay=0.0, correction_share=0.0)
+    student, teacher = small(fmd.FlowMap, 1), small(seed=2)
+    z, delta, y, h = noise(6, 2, 1, 1), times(6), torch.tensor([0, 1, 2, 3, 0, 1]), torch.full((6,), 0.04).double()
+    distiller = fmd.Distiller(student, None, teacher, config)
+    loss, _ = distiller((dict(z=z, delta=delta, h=h, y=y), dict(z=z[:0])))
+    F = student(z, delta, y)
+    with torch.no_grad():
+        at = delta.clone()
+        if form == "step":
+            begin = z + fmd.expand(at - h) * student(z, at - h, y)
+            k1 = teacher(begin, 1 - at + h, y)
+            end = begin + fmd.expand(h) * (k1 + teacher(begin + fmd.expand(h) * k1, 1 - at, y)) / 2
+            target = (end - z) / fmd.expand(at)
+        else:
+            e = 0.04 if form == "difference" else 1e-5
+            dF = (student(z, at + e, y) - student(z, at - e, y)) / (2 * e)
+            target = teacher(z + fmd.expand(at) * F, 1 - at, y) - fmd.expand(at) * dF
+    expected = (F - target).square().mean() / 2
+    for a, b in zip(gradients(loss, student), gradients(expected, student)):
+        if a is not None or b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+    assert all(not p.requires_grad for p in teacher.parameters())
+
+
+def test_gradient_of_the_correction_is_that_of_its_equation():
+    config = fmd.Config(alpha=0.7, correction_share=0.5, decay=0.0)
+    student, critic, teacher = small(fmd.FlowMap, 1), small(seed=3), small(seed=2)
+    distiller = fmd.Distiller(student, critic, teacher, config).double()
+    distiller.norms.copy_(torch.tensor([2.0, 5.0]))
+    z, r, n, y = noise(6, 2, 1, 1), times(6), noise(6, 2, 1, 1, seed=5), torch.tensor([0, 1, 2, 3, 0, 1])
+    delta, h = times(6, seed=8), torch.full((6,), 0.01).double()
+    predict = dict(z=noise(6, 2, 1, 1, seed=9), delta=delta, h=h, y=y)
+    loss, figures = distiller((predict, dict(z=z, r=r, n=n, y=y)))
+    balance = 0.7 * 2 / (5 + config.eps)
+    assert figures["lambda"].item() == pytest.approx(balance)
+
+    one = torch.ones(6).double()
+    F = student(z, one, y)
+    x = (z + F).detach()
+    x_r = (1 - r)[:, None, None, None] * x + r[:, None, None, None] * n
+    D_N = (critic(x_r, r, y) - teacher(x_r, r, y)).detach()
+    prediction = distiller.predict(**predict)[0]
+    assert_same_gradients(gradients(loss, student), gradients(prediction + balance * (F * D_N).mean(), student))
+    critic_loss = (critic(x_r, r, y) - (x - n)).square().mean()
+    assert_same_gradients(gradients(loss, critic), gradients(critic_loss, critic))
+    # figures, and the norms that the next step balances with
+    rms = D_N.flatten(1).square().mean(1)
+    assert figures["correction"].item() == pytest.approx(rms.mean().item())
+    assert figures["critic"].item() == pytest.approx(critic_loss.item())
+    assert distiller.norms[1].item() == pytest.approx(rms.sqrt().mean().item())
+
+
+def test_decay_and_balance_by_hand(monkeypatch):
+    # ||D_G||^2 / d = (1 + 4 + 4 + 16) / 4 = 6.25
+    D, F = torch.tensor([1.0, 2.0, -2.0, 4.0]).view(1, 4, 1, 1), torch.tensor([1.0, 1.0, 1.0, 1.0]).view(1, 4, 1, 1)
+    monkeypatch.setattr(fmd, "prediction_gradient", lambda *a, **k: (F, D))
+    for k, scale in ((0.0, 1.0), (0.5, 1 / 2.7), (1.0, 1 / 7.29)):
+        distiller = fmd.Distiller(None, None, None, fmd.Config(prediction="jvp", decay=k, eps=1.04))  # 6.25 + 1.04 = 2.7^2
+        term, norm, residual = distiller.predict(None, None, None, None)
+        assert term.item() == pytest.approx(5 / 4 * scale) and norm.item() == pytest.approx(2.5 * scale)
+        assert residual.item() == 6.25
+    # the form 'step' weighs with h / delta, before the decay
+    distiller = fmd.Distiller(None, None, None, fmd.Config(prediction="step", decay=0.5, eps=1e-12))
+    term, norm, residual = distiller.predict(None, torch.tensor([0.5]), torch.tensor([0.1]), None)
+    assert norm.item() == pytest.approx(1) and residual.item() == 6.25
+    distiller = fmd.Distiller(None, None, None, fmd.Config(prediction="step", decay=0.0))
+    assert distiller.predict(None, torch.tensor([0.5]), torch.tensor([0.1]), None)[1].item() == pytest.approx(0.5)
+
+
+def test_guided_distillation_asks_the_guided_teacher_and_conditions_both_networks():
+    config = fmd.Config(batch_size=16, guidance_min=1.0, guidance_max=4.0, correction_share=0.5, prediction="difference",
+                        decay=0.0, label_dropout=0.0)
+    start = small().float()
+    distiller = fmd.make_distiller(start, config)
+    batch = fmd.draw_prior(start.shape, start.num_classes, config, 0)
+    for part in batch:
+        assert ((1 <= part["guidance"]) & (part["guidance"] <= 4)).all() and part["guidance"].std() > 0.3
+    loss, figures = distiller(batch)
+    loss.backward()
+    for network in (distiller.network, distiller.critic):
+        assert network.guidance_embedder.mlp[2].weight.grad.abs().max() > 0
+    # by hand: D_G of the guided velocity
+    p = {k: v.double() for k, v in batch[0].items() if k != "y"}
+    y, at = batch[0]["y"], p["delta"]
+    student, teacher = distiller.network.double(), start.double()
+    with torch.no_grad():
+        F = student(p["z"], at, y, p["guidance"])
+        low, high = (at - 0.005).clamp(min=0), (at + 0.005).clamp(max=1)
+        dF = (student(p["z"], high, y, p["guidance"]) - student(p["z"], low, y, p["guidance"])) / fmd.expand(high - low)
+        f, g = p["z"] + fmd.expand(at) * F, fmd.expand(p["guidance"])
+        u = g * teacher(f, 1 - at, y) + (1 - g) * teacher(f, 1 - at)
+        expected = (F + fmd.expand(at) * dF - u).flatten(1).square().mean()
+    assert figures["prediction"].item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("settings", [
+    dict(prediction="step"), dict(prediction="jvp"), dict(prediction="difference"), dict(correction_share=0.0),
+    dict(correction_share=1.0), dict(guidance_max=3.0)])
+def test_count_of_teacher_evaluations(settings):
+    config, count = fmd.Config(batch_size=16, **settings), []
+    start = small().float()
+    distiller = fmd.make_distiller(start, config)
+    forward = start.forward
+    distiller.teacher.forward = lambda x, t, y=None: (count.append(len(x)), forward(x, t, y))[1]
+    distiller(fmd.draw_prior(start.shape, 3, config, 0))
+    assert sum(count) == fmd.evaluations_per_step(config)
+
+
+def test_draws_are_pure_and_as_described():
+    config = fmd.Config(batch_size=4000, seed=3, label_dropout=0.25)
+    predict, correct = fmd.draw_prior((2, 1, 1), 5, config, 7)
+    again = fmd.draw_prior((2, 1, 1), 5, config, 7)
+    for a, b in zip((predict, correct), again):
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    other = fmd.draw_prior((2, 1, 1), 5, config, 8)[0]
+    assert not torch.equal(predict["z"], other["z"])
+    assert len(predict["z"]) == 3000 and len(correct["z"]) == 1000  # 75 % and 25 %
+    assert abs((predict["y"] == 5).float().mean().item() - 0.25) < 0.03
+    assert set(predict["y"].tolist()) == set(range(6))
+    assert abs(predict["z"].mean()) < 0.05 and abs(predict["z"].std() - 1) < 0.05
+    delta, h = predict["delta"], predict["h"]
+    assert 0 < delta.min() and delta.max() <= 1 and abs(delta.mean() - 0.5) < 0.02 and abs(delta.var() - 1 / 12) < 0.005
+    assert (0 < h).all() and (h <= delta).all() and 0.45 < h.max() <= config.step_size
+    last = fmd.draw_prior((2, 1, 1), 5, config, config.steps)[0]["h"]
+    assert 0.045 < last.max() <= config.final_step_size + 1e-6
+    logit = torch.logit(correct["r"])
+    assert abs(logit.mean() - 0.8) < 0.1 and abs(logit.std() - 1) < 0.08
+    assert abs((correct["n"] * correct["z"]).mean()) < 0.06  # independent noises
+    data = fmd.draw_data(fmd.ToyData("moons"), config, 7)
+    assert abs(torch.logit(data["t"]).mean()) < 0.06 and set(data["y"].tolist()) == {0, 1, 2}
+
+
+def test_draws_differ_between_seeds_and_streams():
+    batches = [fmd.draw_prior((2, 1, 1), 5, fmd.Config(seed=s), 0)[0]["z"] for s in (0, 1)]
+    batches.append(fmd.draw_data(fmd.ToyData("moons"), fmd.Config(seed=0), 0)["n"][:192])
+    assert len({round(b.sum().item(), 4) for b in batches}) == 3
+
+
+# ------------------------------------------------------------------------------------------------- training
+
+
+class Quadratic(torch.nn.Module):
+    """A loss with one weight, whose path can be followed by hand."""
+
+    def __init__(self, curvature=1.0):
+        super().__init__()
+        self.network = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.ones_(self.network.weight)
+        self.curvature = curvature
+
+    def forward(self, batch):
+        loss = self.curvature * self.network(batch["x"]).square().mean()
+        return loss, {"loss": loss.detach()}
+
+
+def test_average_of_the_weights_by_hand():
+    config = fmd.Config(steps=5, learning_rate=0.1, ema_decay=0.3, warmup=0)
+    weights, average = [], None
+    for step, _, state in fmd.train(Quadratic(), lambda step: dict(x=torch.ones(1, 1)), config):
+        weights.append(state.networks["model"].weight.item())
+        decay = min(0.3, step / (step + 9))
+        average = weights[0] if step == 1 else decay * average + (1 - decay) * weights[-1]
+        assert state.ema.module.weight.item() == pytest.approx(average, rel=1e-5)
+    assert len(weights) == 5 and weights == sorted(weights, reverse=True)
+
+
+def test_learning_rate_rises_and_falls():
+    config = fmd.Config(steps=10, learning_rate=2.0, warmup=4)
+    state = fmd.TrainState(Quadratic(), config)
+    rates = []
+    for state.step in range(10):
+        rates.append(state.learning_rate())
+    expected = [2 * min(1, (i + 1) / 4) * (1 + math.cos(math.pi * i / 10)) / 2 for i in range(10)]
+    assert rates == pytest.approx(expected)
+
+
+def test_gradients_are_clipped_network_by_network():
+    config = fmd.Config(steps=1, learning_rate=1e-3, clip=0.5, warmup=0)
+    module = Quadratic(1e6)
+    module.critic = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.ones_(module.critic.weight)
+    quadratic = module.forward
+    module.forward = lambda batch: (quadratic(batch)[0] + 0.1 * module.critic.weight.sum(), {})
+    next(fmd.train(module, lambda step: dict(x=torch.ones(1, 1)), config))
+    assert module.network.weight.grad.item() == pytest.approx(0.5, rel=1e-3)
+    assert module.critic.weight.grad.item() == pytest.approx(0.1)  # untouched by the other's size
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_training_stops_before_a_number_that_is_not_finite_reaches_the_weights(bad):
+    module = Quadratic()
+    x = [1.0, 1.0, bad, 1.0]
+    seen = 0
+    with pytest.raises(fmd.UserError, match="step 3.*not finite.*lower learning rate"):
+        for seen, _, _ in fmd.train(module, lambda step: dict(x=torch.full((1, 1), x[step])), fmd.Config(steps=4)):
+            pass
+    assert seen == 2 and module.network.weight.isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------- data and measures
+
+
+@pytest.mark.parametrize("toy", fmd.TOYS)
+def test_toys(toy):
+    data = fmd.ToyData(toy)
+    x, y = data.draw(20000, fmd.generator(1))
+    assert x.shape == (20000, 2, 1, 1) and y.dtype == torch.int64
+    assert 0.8 < x.std() < 1.25
+    shares = y.bincount() / len(y)
+    assert len(shares) == data.num_classes == fmd.TOYS[toy].num_classes
+    torch.testing.assert_close(shares, torch.full_like(shares, 1 / len(shares)), atol=0.01, rtol=0)
+    found = fmd.coverage(data.toy, x)
+    assert found["outside"] < 0.002 and 0.85 < found["emptiest"] <= 1
+    # points thrown into the toy's square are mostly outside, and a toy without a label has an empty part
+    square = 4 * torch.rand(4000, 2, 1, 1, generator=fmd.generator(2)) - 2
+    assert fmd.coverage(data.toy, square)["outside"] > 0.3
+    assert fmd.coverage(data.toy, x[y != 0])["emptiest"] < 0.15
+
+
+def test_checkerboard_is_a_checkerboard():
+    x, y = fmd.ToyData("checkerboard").draw(5000, fmd.generator(1))
+    cell = (x.flatten(1) + 2).floor().long()
+    assert cell.min() == 0 and cell.max() == 3 and set((cell.sum(1) % 2).tolist()) == {0}
+    assert len({(label, *c) for label, c in zip(y.tolist(), map(tuple, cell.tolist()))}) == 8  # a label, a cell
+
+
+def test_a_toy_of_ones_own(tmp_path, capsys):
+    points = np.random.default_rng(0).normal(size=(50, 2))
+    np.save(tmp_path / "p.npy", points)
+    data = fmd.ToyData(str(tmp_path / "p.npy"))
+    x, y = data.draw(100, fmd.generator(0))
+    assert data.num_classes == 0 and (y == 0).all() and x.shape == (100, 2, 1, 1)
+    rows = {tuple(row) for row in points.astype(np.float32).tolist()}
+    assert {tuple(row) for row in x.flatten(1).numpy().tolist()} <= rows
+    for name, bad in dict(shape=np.zeros((3, 3)), text=np.array([["a", "b"]]), nan=np.full((3, 2), np.nan),
+                          empty=np.zeros((0, 2)), flat=np.zeros(4)).items():
+        np.save(tmp_path / f"{name}.npy", bad)
+        with pytest.raises(fmd.UserError):
+            fmd.ToyData(str(tmp_path / f"{name}.npy"))
+    (tmp_path / "junk.npy").write_text("junk")
+    for name in ("junk", "missing"):
+        with pytest.raises(fmd.UserError, match="numpy.save"):
+            fmd.ToyData(str(tmp_path / f"{name}.npy"))
+
+
+def test_relative_error_by_hand():
+    truth = images([1.0, 0.0], [-1.0, 0.0])  # spread: sqrt(1)
+    assert fmd.relative_error(truth + images([0.3, 0.4]), truth) == pytest.approx(0.5)
+    assert fmd.relative_error(truth + images([0.3, 0.4]), truth, reference=2 * truth) == pytest.approx(0.25)
+
+
+def test_endpoint_error_of_exact_and_of_shifted_students():
+    z = noise(4000, 2, 1, 1)
+    assert fmd.endpoint_error(GaussianMap(), gaussian_teacher(), z) < 1e-5
+    spread = (fmd.solve_ode(gaussian_teacher(), z, 64, "rk4").flatten(1).var(0, correction=0).sum() / 2).sqrt().item()
+    assert fmd.endpoint_error(GaussianMap(0.1), gaussian_teacher(), z) == pytest.approx(0.1 / spread, rel=1e-3)
+    assert spread == pytest.approx(S, rel=0.05)
+    truth = fmd.solve_ode(gaussian_teacher(), z, 8, "rk4", return_path=True)
+    found = fmd.student_path(GaussianMap(0.1), z, 8)
+    errors = fmd.error_along_path(found, truth)
+    assert errors == pytest.approx([0.1 * i / 8 / spread for i in range(9)], abs=1e-3)
+
+
+def test_sliced_w2_of_a_shift_and_of_a_scale():
+    x = noise(4000, 2, 1, 1)
+    assert fmd.sliced_w2(x, x[torch.randperm(4000)]) == pytest.approx(0, abs=1e-12)
+    # the mean of (direction . v)^2 over directions of the plane is |v|^2 / 2
+    assert fmd.sliced_w2(x, x + images([0.6, 0.8]), 1000) == pytest.approx(0.5**0.5, rel=0.04)
+    assert fmd.sliced_w2(x, 3 * x, 500) == pytest.approx(2, rel=0.05)
+    with pytest.raises(ValueError):
+        fmd.sliced_w2(x, x[:5])
+
+
+def test_coverage_counts_by_hand():
+    toy = fmd.TOYS["checkerboard"]
+    corners = toy.skeleton(torch.arange(8), torch.zeros(8, 2))
+    inside = (corners + 0.5)[:, :, None, None]
+    assert fmd.coverage(toy, inside) == dict(outside=0.0, emptiest=1.0)
+    hole = inside[:1] + images([1.0, 0.0]).float()
+    found = fmd.coverage(toy, torch.cat([inside, inside, hole, hole]))
+    assert found["outside"] == pytest.approx(2 / 18) and found["emptiest"] == pytest.approx(2 * 8 / 18)
+    assert fmd.coverage(toy, inside[1:])["emptiest"] == 0
+
+
+def test_samples_are_one_jump_from_the_noise():
+    student = small(fmd.FlowMap).float()
+    calls, forward = [], student.forward
+    student.forward = lambda *a: (calls.append(1), forward(*a))[1]
+    y = torch.tensor([0, 1, 2, 3])
+    x = fmd.sample(student, 4, y, generator=fmd.generator(5))
+    z = torch.randn(4, 2, 1, 1, generator=fmd.generator(5))
+    assert len(calls) == 1
+    torch.testing.assert_close(x, z + forward(z, torch.ones(4), y).detach())
+
+
+# ------------------------------------------------------------------------------------------------- pictures
+
+
+def test_pictures_show_what_they_are_given():
+    path, other = torch.randn(5, 7, 2, 1, 1), torch.randn(5, 7, 2, 1, 1)
+    figure = fmd.plot_paths(path, other)
+    lines = figure.axes[0].lines
+    assert len(lines) == 14
+    np.testing.assert_allclose(lines[2].get_xydata(), path[:, 2, :, 0, 0].numpy(), rtol=1e-6)
+    np.testing.assert_allclose(lines[9].get_xydata(), other[:, 2, :, 0, 0].numpy(), rtol=1e-6)
+    assert {line.get_color() for line in lines[:7]} == {fmd.COLORS["teacher"]}
+    assert {line.get_color() for line in lines[7:]} == {fmd.COLORS["student"]}
+    figure = fmd.plot_samples({"data": path[0], "student": other[0]})
+    np.testing.assert_allclose(figure.axes[1].collections[0].get_offsets(), other[0].flatten(1).numpy(), rtol=1e-6)
+    assert figure.axes[0].get_xlim() == figure.axes[1].get_xlim()
+    figure = fmd.plot_error({"student": [0.0, 0.1, 0.3]})
+    np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), [0.0, 0.1, 0.3])
+    figure = fmd.plot_losses([dict(stage="teacher", step=1, flow_matching=2.0), dict(stage="student", step=1, prediction=0.5)])
+    assert [list(line.get_ydata()) for axis in figure.axes for line in axis.lines] == [[2.0], [0.5], [], []]
+    matplotlib.pyplot.close("all")
+
+
+def test_animation_ends_on_the_samples(tmp_path):
+    path, other = torch.randn(5, 7, 2, 1, 1), torch.randn(5, 7, 2, 1, 1)
+    animation = fmd.animate_paths(path, other, frames=3)
+    fmd.save_figure(animation, tmp_path / "a.gif")
+    clouds = [axis.collections[0] for axis in animation._fig.axes]
+    np.testing.assert_allclose(clouds[0].get_offsets(), path[-1].flatten(1).numpy(), rtol=1e-6)
+    np.testing.assert_allclose(clouds[1].get_offsets(), other[-1].flatten(1).numpy(), rtol=1e-6)
+    assert (tmp_path / "a.gif").read_bytes()[:3] == b"GIF" and [p.name for p in tmp_path.iterdir()] == ["a.gif"]
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file.txt"
+    fmd.save(path, lambda p: p.write_text("first"))
+
+    def fail(p):
+        p.write_text("half")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fmd.save(path, fail)
+    assert path.read_text() == "first" and [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+
+
+# ------------------------------------------------------------------------------------------------- command line
+
+
+def weights(path, keys=("model", "ema", "critic")):
+    checkpoint = torch.load(path, weights_only=True)
+    return {f"{k}.{name}": v for k in keys for name, v in checkpoint.get(k, {}).items()}
+
+
+def assert_equal_runs(a, b):
+    for name in ("teacher.pt", "student.pt"):
+        left, right = weights(a / name), weights(b / name)
+        assert left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def run(*args, status=0, capsys=None):
+    """fmd's main on the arguments; the last line of standard error if there is one."""
+    try:
+        found = fmd.main([str(a) for a in args])
+    except SystemExit as e:
+        found = e.code
+    lines = capsys.readouterr().err.strip().splitlines() if capsys else []
+    assert found == status, lines
+    return lines[-1] if lines else ""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished") / "run"
+    run("--out", out, *TINY)
+    return out
+
+
+def test_the_default_command_end_to_end(finished):
+    assert {p.name for p in finished.iterdir()} == {
+        "teacher.pt", "student.pt", "metrics.json", "metrics.jsonl", "comparison.png", "paths.png", "error.png",
+        "losses.png", "paths.gif"}
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert {"endpoint_error", "sw2", "sw2_floor", "teacher_seconds", "student_seconds", "teacher_evaluations", "nfe", "seed",
+            "config", "versions", "coverage", "error_along_path"} <= metrics.keys()
+    assert metrics["teacher_evaluations"] == 12 * (12 * 2 + 4) and metrics["nfe"] == 1
+    assert metrics["error_along_path"][0] == 0 and metrics["error_along_path"][-1] == metrics["endpoint_error"]
+    assert metrics["config"]["steps"] == 12 and metrics["config"]["label_dropout"] == 0.5
+    # the figures, again and from the files
+    teacher, student = fmd.load_teacher(finished / "teacher.pt"), fmd.load_student(finished / "student.pt")
+    z = torch.randn(2, 200, 2, 1, 1, generator=fmd.generator(0, fmd.EVALUATION, 1))
+    assert metrics["endpoint_error"] == pytest.approx(fmd.endpoint_error(student, teacher, z[0], steps=8), rel=1e-4)
+    ends = [fmd.solve_ode(teacher, noises, 16, "rk4") for noises in z]
+    assert metrics["sw2_floor"] == pytest.approx(fmd.sliced_w2(*ends), rel=1e-4)
+    jump = student.map(z[0], torch.ones(200)).detach()
+    assert metrics["sw2"] == pytest.approx(fmd.sliced_w2(jump, ends[1]), rel=1e-4)
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["stage"] == "teacher"] == [3, 6, 8]
+    assert [line["step"] for line in lines if line["stage"] == "student"] == [3, 6, 9, 12]
+    assert {"prediction", "correction", "critic", "lambda", "endpoint_error"} <= lines[-1].keys()
+
+
+def test_loaders_give_the_averaged_weights(finished):
+    for load, name, cls in ((fmd.load_teacher, "teacher", fmd.DiT), (fmd.load_student, "student", fmd.FlowMap)):
+        network = load(finished / f"{name}.pt")
+        expected = weights(finished / f"{name}.pt", ["ema"])
+        assert type(network) is cls and not any(p.requires_grad for p in network.parameters())
+        assert all(torch.equal(v, expected["ema." + k]) for k, v in network.state_dict().items())
+        assert any(not torch.equal(v, expected["ema." + k[6:]])
+                   for k, v in weights(finished / f"{name}.pt", ["model"]).items())
+
+
+def test_distillation_from_a_file_touches_no_data(finished, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("data was touched")
+
+    monkeypatch.setattr(fmd.ToyData, "__init__", refuse)
+    monkeypatch.setattr(fmd.ToyData, "draw", refuse)
+    run("--stage", "distill", "--teacher", finished / "teacher.pt", "--out", tmp_path / "a", *TINY)
+    run("--teacher", finished / "teacher.pt", "--out", tmp_path / "b", *TINY)
+    for name in ("a", "b"):
+        assert not (tmp_path / name / "teacher.pt").exists()
+        metrics = json.loads((tmp_path / name / "metrics.json").read_text())
+        assert "coverage" not in metrics
+        assert all(torch.equal(v, weights(finished / "student.pt")[k])
+                   for k, v in weights(tmp_path / name / "student.pt").items())
+
+
+@pytest.mark.parametrize("moment", ["teacher", "student"])
+def test_an_interrupted_run_resumes_to_the_same_bits(finished, tmp_path, monkeypatch, capsys, moment):
+    name = {"teacher": "draw_data", "student": "draw_prior"}[moment]
+    draw = getattr(fmd, name)
+
+    def interrupting(*args):
+        if args[-1] == 5:
+            os.kill(os.getpid(), signal.SIGTERM if moment == "student" else signal.SIGINT)
+        return draw(*args)
+
+    monkeypatch.setattr(fmd, name, interrupting)
+    line = run("--out", tmp_path, "--resume", *TINY, status=1, capsys=capsys)  # nothing there yet: it begins
+    assert "step 6" in line and f"python fmd.py --out {tmp_path} --resume" in line
+    assert torch.load(tmp_path / f"{moment}.pt", weights_only=True)["step"] == 6
+    monkeypatch.undo()
+    line = run("--out", tmp_path, *TINY, status=2, capsys=capsys)
+    assert "--resume" in line and "--overwrite" in line
+    run("--out", tmp_path, "--resume")  # the settings come from the file
+    assert_equal_runs(finished, tmp_path)
+    steps = [[line["step"] for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())]
+             for out in (finished, tmp_path)]
+    assert sorted(set(steps[0])) == sorted(set(steps[1]) - {6} | {6})
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    run("--out", tmp_path, "--resume")
+    assert "is finished" in capsys.readouterr().out and before == {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+
+
+def test_a_killed_run_resumes_to_the_same_bits(finished, tmp_path):
+    command = [sys.executable, fmd.__file__, "--out", str(tmp_path), "--resume", *TINY]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "student.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    for path in tmp_path.glob("*.pt"):
+        assert "step" in torch.load(path, weights_only=True)  # nothing is half written
+    with open(tmp_path / "metrics.jsonl", "a") as log:
+        log.write('{"stage": "student", "st')  # as a kill can leave it
+    run("--out", tmp_path, "--resume", *TINY)
+    assert_equal_runs(finished, tmp_path)
+    steps = [line["step"] for line in fmd.read_log(tmp_path / "metrics.jsonl") if line["stage"] == "student"]
+    assert steps == [3, 6, 9, 12]
+
+
+def test_a_larger_number_of_steps_goes_on(finished, tmp_path):
+    for name in ("teacher.pt", "student.pt", "metrics.json", "metrics.jsonl"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    run("--stage", "distill", "--teacher", tmp_path / "teacher.pt", "--out", tmp_path, "--resume", "--steps", "15")
+    assert torch.load(tmp_path / "student.pt", weights_only=True)["step"] == 15
+    assert json.loads((tmp_path / "metrics.json").read_text())["config"]["steps"] == 15
+
+
+def test_stages_one_by_one_equal_all_at_once(finished, tmp_path):
+    run("--stage", "teacher", "--out", tmp_path, *TINY)
+    assert {p.name for p in tmp_path.iterdir()} == {"teacher.pt", "metrics.jsonl"}
+    run("--stage", "distill", "--out", tmp_path, *TINY)
+    run("--stage", "evaluate", "--out", tmp_path, "--overwrite")
+    assert_equal_runs(finished, tmp_path)
+    a, b = (json.loads((out / "metrics.json").read_text()) for out in (finished, tmp_path))
+    for key in ("endpoint_error", "sw2", "sw2_floor", "coverage", "config", "teacher_evaluations"):
+        assert a[key] == b[key]
+
+
+def test_exact_teacher_run_is_scored_against_the_closed_form(tmp_path):
+    run("--toy", "gaussians", "--exact-teacher", "--out", tmp_path, *TINY)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    student = fmd.load_student(tmp_path / "student.pt")
+    toy = fmd.TOYS["gaussians"]
+    exact = fmd.ExactTeacher(toy.skeleton(torch.arange(8), torch.zeros(8, 2)), torch.full((8,), toy.blur))
+    z = torch.randn(2, 200, 2, 1, 1, generator=fmd.generator(0, fmd.EVALUATION, 1))[0]
+    assert metrics["endpoint_error"] == pytest.approx(fmd.endpoint_error(student, exact, z, steps=8), rel=1e-4)
+
+
+def test_sample_stage(finished, tmp_path, capsys):
+    student = finished / "student.pt"
+    run("--stage", "sample", "--student", student, "--out", tmp_path / "a", "--samples", 7, "--classes", "0,3", "--seed", 4)
+    with np.load(tmp_path / "a" / "samples.npz") as file:
+        points, labels = file["arr_0"], file["arr_1"]
+    assert points.shape == (7, 2) and points.dtype == np.float32
+    assert labels.tolist() == [0, 3, 0, 3, 0, 3, 0] and labels.dtype == np.int64
+    x = fmd.sample(fmd.load_student(student), 7, torch.tensor(labels), generator=fmd.generator(4, fmd.SAMPLING))
+    np.testing.assert_allclose(points, x.flatten(1).numpy(), rtol=1e-5)
+    assert (tmp_path / "a" / "samples.png").exists()
+    run("--stage", "sample", "--student", student, "--out", tmp_path / "b", "--samples", 5)
+    with np.load(tmp_path / "b" / "samples.npz") as file:
+        assert file["arr_1"].tolist() == [8] * 5
+    assert "there already" in run("--stage", "sample", "--out", tmp_path / "b", "--student", student, status=2, capsys=capsys)
+    for bad in (["--classes", "8"], ["--classes", "x"], ["--guidance", "2"], ["--samples", "0"]):
+        line = run("--stage", "sample", "--student", student, "--out", tmp_path / "c", *bad, status=2, capsys=capsys)
+        assert line.startswith(f"fmd: {bad[0]}")
+    assert not (tmp_path / "c" / "samples.npz").exists()
+
+
+def test_a_student_trained_over_a_range_of_guidance_samples_at_any_strength_of_it(finished, tmp_path, capsys):
+    run("--teacher", finished / "teacher.pt", "--out", tmp_path, "--guidance-max", 4, *TINY)
+    points = []
+    for strength in (1, 4):
+        run("--stage", "sample", "--out", tmp_path, "--classes", "1", "--guidance", strength, "--samples", 50, "--overwrite")
+        points.append(np.load(tmp_path / "samples.npz")["arr_0"])
+    assert np.abs(points[0] - points[1]).max() > 0
+    line = run("--stage", "sample", "--out", tmp_path, "--guidance", "5", "--overwrite", status=2, capsys=capsys)
+    assert "1.0 to 4.0" in line
+
+
+def test_a_toy_of_ones_own_end_to_end(tmp_path, monkeypatch):
+    np.save(tmp_path / "p.npy", np.random.default_rng(0).normal(size=(50, 2)))
+    monkeypatch.chdir(tmp_path)
+    run("--toy", "p.npy", *TINY)
+    run("--toy", "p.npy", *TINY)
+    assert {p.name for p in (tmp_path / "runs").iterdir()} == {"toy2d", "toy2d-2"}  # each run its own folder
+    assert "coverage" not in json.loads((tmp_path / "runs" / "toy2d" / "metrics.json").read_text())
+    assert fmd.load_teacher(tmp_path / "runs" / "toy2d" / "teacher.pt").num_classes == 0
+    run("--stage", "sample", "--samples", 3)
+    assert (tmp_path / "runs" / "toy2d-2" / "samples.npz").exists()  # the newest
+
+
+BAD_COMMANDS = [
+    (["--nonsense", "1"], "nonsense"), (["--stage", "nothing"], "teacher"), (["--dataset", "nothing"], "toy2d"),
+    (["--toy", "nothing"], "checkerboard"), (["--steps", "0"], "--steps"), (["--steps", "-3"], "--steps"),
+    (["--teacher-steps", "0"], "--teacher-steps"), (["--steps", "many"], "--steps"), (["--batch-size", "1"], "--batch-size"),
+    (["--batch-size", "0"], "--batch-size"), (["--learning-rate", "nan"], "--learning-rate"),
+    (["--learning-rate", "inf"], "--learning-rate"), (["--learning-rate", "-1"], "--learning-rate"),
+    (["--correction-share", "1.5"], "--correction-share"), (["--hidden-size", "30"], "--hidden-size"),
+    (["--exact-teacher"], "gaussians"), (["--exact-teacher", "--toy", "moons"], "gaussians"),
+    (["--prediction", "guess"], "jvp"), (["--device", "quantum"], "--device cpu"), (["--guidance-min", "2"], "--guidance-max"),
+    (["--seed", "-1"], "--seed"), (["--decay", "2"], "--decay"),
+]
+
+
+@pytest.mark.parametrize("args, hint", BAD_COMMANDS, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+def test_a_command_that_cannot_be_right(args, hint, tmp_path, capsys):
+    line = run("--out", tmp_path / "out", *args, status=2, capsys=capsys)
+    assert line.startswith("fmd: ") and hint in line and "Traceback" not in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_device_that_is_not_there(tmp_path, capsys, monkeypatch):
+    def absent(*args, device, **kwargs):
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    monkeypatch.setattr(fmd.torch, "zeros", absent)
+    assert "--device cpu" in run("--out", tmp_path / "out", "--device", "cuda", status=2, capsys=capsys)
+
+
+def damaged(kind, finished, path):
+    data = (finished / "teacher.pt").read_bytes()
+    checkpoint = torch.load(finished / "teacher.pt", weights_only=True)
+    if kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif kind == "text":
+        path.write_text("not a checkpoint at all")
+    elif kind == "state dict":
+        torch.save(checkpoint["model"], path)
+    elif kind == "list":
+        torch.save([1, 2], path)
+    elif kind == "student":
+        path.write_bytes((finished / "student.pt").read_bytes())
+    elif kind == "pickled":
+        torch.save({**checkpoint, "extra": Path("x")}, path)
+    elif kind == "shapes":
+        torch.save({**checkpoint, "network": {**checkpoint["network"], "hidden_size": 32}}, path)
+    elif kind == "names":
+        ema = dict(checkpoint["ema"])
+        ema["blocks.7.attn.proj.bias"] = ema.pop("blocks.0.attn.proj.bias")
+        torch.save({**checkpoint, "ema": ema}, path)
+    elif kind == "settings":
+        torch.save({**checkpoint, "config": {**checkpoint["config"], "colour": "red"}}, path)
+
+
+@pytest.mark.parametrize("kind, hint", [
+    ("missing", "there is no"), ("empty", "cannot be read"), ("truncated", "cannot be read"), ("text", "pickled"),
+    ("state dict", "not a teacher"), ("list", "not a teacher"), ("student", "not a teacher"), ("pickled", "pickled"),
+    ("shapes", "blocks.0.adaLN_modulation.1.weight"), ("names", "blocks.0.attn.proj.bias, blocks.7.attn.proj.bias"), ("settings", "colour")])
+def test_a_teacher_that_cannot_be_used(kind, hint, finished, tmp_path, capsys):
+    path = tmp_path / "teacher.pt"
+    damaged(kind, finished, path)
+    line = run("--stage", "distill", "--teacher", path, "--out", tmp_path / "out", *TINY[8:], status=1, capsys=capsys)
+    assert line.startswith("fmd: ") and str(path) in line and hint in line
+    with pytest.raises(fmd.UserError):
+        fmd.load_teacher(path)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    line = run("--out", tmp_path / "file" / "out", *TINY, status=1, capsys=capsys)
+    assert line.startswith("fmd: ") and "another --out" in line
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(finished, tmp_path, monkeypatch, capsys):
+    written, torch_save = [], torch.save
+
+    def full(checkpoint, path):
+        written.append(checkpoint["step"])
+        if checkpoint["kind"] == "student" and checkpoint["step"] == 8:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        torch_save(checkpoint, path)
+
+    monkeypatch.setattr(fmd.torch, "save", full)
+    line = run("--out", tmp_path, *TINY, status=1, capsys=capsys)
+    assert "No space left" in line
+    monkeypatch.undo()
+    assert torch.load(tmp_path / "student.pt", weights_only=True)["step"] == 4
+    run("--out", tmp_path, "--resume")
+    assert_equal_runs(finished, tmp_path)
+
+
+def test_other_settings_are_refused_by_resume_and_named(finished, tmp_path, capsys):
+    for name in ("teacher.pt", "student.pt"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    for args in (["--alpha", "0.7"], ["--seed", "1"], ["--toy", "moons"], ["--steps", "5"], ["--teacher-steps", "9"]):
+        line = run("--out", tmp_path, "--resume", *args, status=2, capsys=capsys)
+        assert line.startswith(f"fmd: {args[0]} {args[1]} contradicts")
+    run("--out", tmp_path, "--resume", "--log-interval", "1", "--checkpoint-interval", "2")
+    line = run("--teacher", finished / "teacher.pt", "--toy", "moons", "--out", tmp_path / "x", status=2, capsys=capsys)
+    assert "--toy moons contradicts checkerboard" in line
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(finished, tmp_path, monkeypatch, capsys):
+    draw = fmd.draw_prior
+
+    def poisoned(shape, num_classes, config, step):
+        predict, correct = draw(shape, num_classes, config, step)
+        if step == 6:
+            predict["z"][0] = math.nan
+        return predict, correct
+
+    monkeypatch.setattr(fmd, "draw_prior", poisoned)
+    line = run("--out", tmp_path, *TINY, status=1, capsys=capsys)
+    assert "step 7" in line and "lower learning rate" in line
+    checkpoint = torch.load(tmp_path / "student.pt", weights_only=True)
+    assert checkpoint["step"] == 4 and all(v.isfinite().all() for v in checkpoint["model"].values())
+
+
+def test_an_interrupt_while_measuring_and_an_unexpected_error(finished, tmp_path, monkeypatch, capsys):
+    for name in ("teacher.pt", "student.pt"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    for error, hint in ((KeyboardInterrupt(), "--resume goes on"), (RuntimeError("CUDA out of memory"), "--batch-size"),
+                        (ZeroDivisionError("odd\nthing"), "ZeroDivisionError: odd thing (--debug shows where)")):
+        def fail(*args, error=error, **kwargs):
+            raise error
+
+        monkeypatch.setattr(fmd, "plot_paths", fail)
+        line = run("--out", tmp_path, "--resume", status=1, capsys=capsys)
+        assert line.startswith("fmd: ") and hint in line and not (tmp_path / "metrics.json").exists()
+        with pytest.raises(type(error)):
+            fmd.main(["--out", str(tmp_path), "--resume", "--debug"])
+    monkeypatch.undo()
+    run("--out", tmp_path, "--resume")
+    assert (tmp_path / "metrics.json").exists()
+
+
+def test_every_setting_is_a_flag_with_help():
+    text = fmd.make_parser().format_help()
+    for field in dataclasses.fields(fmd.Config):
+        assert fmd.flag(field.name) in text and field.metadata["help"].split()[0] in text
+    assert "python fmd.py --toy spirals" in text
+
+
+def test_readme_names_what_exists():
+    text = (Path(fmd.__file__).parent / "README.md").read_text()
+    for word in set(__import__("re").findall(r"`--([a-z-]+)", text)):
+        assert "--" + word in fmd.make_parser().format_help(), word
+    for word in set(__import__("re").findall(r"`(\w+)\(", text)):
+        assert hasattr(fmd, word) or hasattr(fmd.FlowMap, word), word
+    for path in set(__import__("re").findall(r"\]\((assets/[^)]+)\)", text)):
+        assert (Path(fmd.__file__).parent / path).exists(), path
