@@ -1,9 +1,9 @@
 """fmd: flow map distillation without data, in one file.
 
 A flow model draws samples by solving an ODE: hundreds of evaluations of a network. This file turns such a
-teacher into a student that needs one evaluation, and looks at no data while doing so. It follows Tong, Ma, Xie
-and Jaakkola, "Flow Map Distillation Without Data" (FreeFlow, arXiv 2511.19428); numbers in [brackets] are the
-paper's equations.
+teacher into a student that needs one evaluation, and looks at no data while doing so. It follows Tong, Ma,
+Xie and Jaakkola, "Flow Map Distillation Without Data" (FreeFlow, arXiv 2511.19428); numbers in [brackets] are
+the paper's equations.
 
 Conventions, everywhere in this file
     t = 0 is data, t = 1 is the prior N(0, I), x_t = (1 - t) x + t n;
@@ -88,7 +88,7 @@ class Config:
     patch_size: int = option(1, "side of a token, in pixels", 1)
     # both stages
     batch_size: int = option(256, "samples a step", 1)
-    warmup: int = option(100, "steps in which the learning rate rises, before it falls along a cosine to 0", 0)
+    warmup: int = option(100, "steps in which the learning rate rises; then it falls along a cosine to 0", 0)
     ema_decay: float = option(0.995, "of the average of the weights, which is what is kept and scored", 0, 1)
     clip: float = option(1.0, "largest gradient norm, of each network by itself", 1e-12)
     label_dropout: float = option(0.1, "share of labels replaced by the null label", 0, 1)
@@ -125,8 +125,9 @@ class Config:
                 raise UserError(message, 2)
 
         for f in dataclasses.fields(self):
-            value, low, high, choices = getattr(self, f.name), *(f.metadata[k] for k in ("low", "high", "choices"))
-            need(not choices or value in choices, f"{flag(f.name)} {value}: choose from {', '.join(choices or [])}")
+            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
+            choices = f.metadata["choices"] or [value]
+            need(value in choices, f"{flag(f.name)} {value}: choose from {', '.join(map(str, choices))}")
             need(isinstance(value, str) or low <= value <= high and math.isfinite(value),
                  f"{flag(f.name)} {value}: give a finite number from {low} to {high}")
         need(self.toy in TOYS or self.toy.endswith(".npy"),
@@ -136,7 +137,7 @@ class Config:
         need(self.hidden_size % (4 * self.num_heads) == 0,
              f"--hidden-size {self.hidden_size}: give a multiple of 4 x --num-heads {self.num_heads}")
         need(self.correction_share in (0, 1) or 0 < self.corrections < self.batch_size,
-             f"--batch-size {self.batch_size} is too small to split by --correction-share {self.correction_share}")
+             f"--batch-size {self.batch_size} cannot be split by --correction-share {self.correction_share}")
         need(self.guidance_min <= self.guidance_max, "--guidance-min is above --guidance-max: exchange them")
 
     @property
@@ -149,14 +150,15 @@ class Config:
         return (self.guidance_min, self.guidance_max) != (1.0, 1.0)
 
 
-# What differs from the defaults. label_dropout: a toy is scored without labels, and with one label in ten dropped
-# the unlabelled model would get a tenth of the training (README, "Differences from the paper").
-PRESETS = {"toy2d": dict(label_dropout=0.5, teacher_learning_rate=4e-3, learning_rate=8e-3, t_location=-0.5)}
+# What differs from the defaults. label_dropout: a toy is scored without labels, and with one label in ten
+# dropped the unlabelled model would get a tenth of the training (README, "Differences from the paper").
+PRESETS = {"toy2d": dict(batch_size=512, label_dropout=0.75, t_location=-0.8, teacher_steps=2000,
+                         teacher_learning_rate=4e-3, steps=1600, learning_rate=1e-2)}
 
 
 def generator(*key):
-    """A random generator that depends on the integers in `key` alone: seed, stream, step. A step's randomness is
-    then a function of its number, and resuming needs no generator's state."""
+    """A random generator that depends on the integers in `key` alone: seed, stream, step. A step's randomness
+    is then a function of its number, and resuming needs no generator's state."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
@@ -166,7 +168,7 @@ TEACHER, STUDENT, NETWORK, EVALUATION, SAMPLING = range(1, 6)  # streams
 # ------------------------------------------------------------------------------------------------------------
 # 2. Data
 #
-# A toy is a skeleton and some blur: pick a label, then a place v on its skeleton (a curve, a cell or a point).
+# A toy is a skeleton and some blur: pick a label, then a place v on its skeleton, a curve, a cell or a point.
 # The skeleton also tells which samples lie outside the toy, and in which of its parts the others are.
 
 
@@ -208,7 +210,7 @@ class ToyData:
         try:
             points = np.load(name, allow_pickle=False)
         except (OSError, ValueError, EOFError) as e:
-            raise UserError(f"cannot read {name} ({e}): --toy takes an .npy file, as numpy.save writes it") from e
+            raise UserError(f"cannot read {name} ({e}): --toy takes a file as numpy.save writes it") from e
         if points.ndim != 2 or points.shape[1] != 2 or points.dtype.kind not in "fiu" or not len(points):
             raise UserError(f"{name} holds {points.dtype} of shape {points.shape}: --toy needs N x 2 numbers")
         if not np.isfinite(points).all():
@@ -228,7 +230,7 @@ class ToyData:
 # ------------------------------------------------------------------------------------------------------------
 # 3. Network
 #
-# The diffusion transformer (DiT, arXiv 2212.09748), with the tensor names of the public DiT, SiT and REPA code.
+# The diffusion transformer (DiT, arXiv 2212.09748), with the tensor names of public DiT, SiT and REPA code.
 # A point is one token, over which attention is a linear map: the same network serves toys and pictures.
 
 
@@ -245,7 +247,7 @@ def named(**layers):
 class Embedder(nn.Module):
     """A number a sample, (B,) -> (B, D): cosines and sines of it, then a small MLP.
 
-    No frequency is above 1: the prediction's target holds dF/ddelta, and a frequency w would multiply its error.
+    No frequency is above 1: the prediction's target holds dF/ddelta, whose error a frequency multiplies.
     """
 
     def __init__(self, hidden_size):
@@ -275,7 +277,7 @@ class Attention(nn.Module):
         B, T, D = x.shape
         if T == 1:  # a token that attends to itself alone is its value
             return self.proj(nnf.linear(x, self.qkv.weight[2 * D:], self.qkv.bias[2 * D:]))
-        q, k, v = self.qkv(x).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, T, D / heads)
+        q, k, v = self.qkv(x).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, T, d)
         x = nnf.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
         return self.proj(x.transpose(1, 2).reshape(B, T, D))
 
@@ -322,8 +324,9 @@ class DiT(nn.Module):
                  patch_size=1, qk_norm=False, guidance=False):
         super().__init__()
         D, p = hidden_size, patch_size
-        self.settings = dict(input_size=input_size, in_channels=in_channels, num_classes=num_classes, hidden_size=D,
-                             depth=depth, num_heads=num_heads, patch_size=p, qk_norm=qk_norm, guidance=guidance)
+        self.settings = dict(input_size=input_size, in_channels=in_channels, num_classes=num_classes,
+                             hidden_size=D, depth=depth, num_heads=num_heads, patch_size=p, qk_norm=qk_norm,
+                             guidance=guidance)
         self.shape, self.num_classes, self.patch_size = (in_channels, input_size, input_size), num_classes, p
         self.x_embedder = named(proj=nn.Conv2d(in_channels, D, p, stride=p))
         self.register_buffer("pos_embed", position_embedding(D, input_size // p))
@@ -335,14 +338,13 @@ class DiT(nn.Module):
         self.initialize()
 
     def initialize(self):
-        """As in DiT: a block begins as the identity and the output as zero, whatever the conditioning."""
+        """As in DiT, a block begins as the identity and the output as zero. Unlike there, embedders begin by
+        their width and patches as unit tokens, without which networks as narrow as a toy's learn slowly."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias") or "adaLN_modulation" in name or "final_layer" in name:
                 nn.init.zeros_(parameter)
-            elif "embedder.mlp" in name or "embedding_table" in name:
-                nn.init.normal_(parameter, std=0.02)
             elif "x_embedder" in name:
-                nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)  # larger than DiT's: unit tokens
+                nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
             elif parameter.ndim == 2:
                 nn.init.xavier_uniform_(parameter)
         if self.guidance_embedder:
@@ -350,7 +352,7 @@ class DiT(nn.Module):
 
     @classmethod
     def from_teacher(cls, teacher, guidance=False):
-        """A network of this class with the teacher's weights, and an input for guidance that changes nothing."""
+        """A network of this class with the teacher's weights; an input for guidance changes nothing yet."""
         network = cls(**{**teacher.settings, "guidance": guidance})
         network.load_state_dict(teacher.state_dict(), strict=False)  # only guidance_embedder may be missing
         return network.to(teacher.pos_embed.device)
@@ -385,7 +387,7 @@ def noised(x, n, t):
 
 
 class FlowMatching(nn.Module):
-    """The teacher's loss: u(x_t, t) regressed on x - n, whose conditional mean it is. forward -> loss, figures."""
+    """The teacher's loss: u(x_t, t) is regressed on x - n, whose mean it is. forward -> loss, figures."""
 
     def __init__(self, network):
         super().__init__()
@@ -490,9 +492,10 @@ def solve_ode(u, z, steps, method="heun", y=None, return_path=False):
 # ------------------------------------------------------------------------------------------------------------
 # 5. Distillation
 #
-# The paper. A student f(z, delta) = z + delta F(z, delta) is to become the teacher's flow map from the prior. Two
-# velocities of it are compared with the teacher's u: the generating velocity, d f / d delta (prediction), and the
-# noising velocity, that of its own samples with noise put back (correction). Both begin with z ~ N(0, I) alone.
+# The paper. A student f(z, delta) = z + delta F(z, delta) is to become the teacher's flow map from the prior.
+# Two velocities of it are compared with the teacher's u: the generating velocity, d f / d delta (prediction),
+# and the noising velocity, that of its own samples with noise put back (correction). Both begin with
+# z ~ N(0, I) alone.
 
 
 class FlowMap(DiT):
@@ -517,12 +520,12 @@ def squared_norm(D):
 def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp", h=0.005):
     """Predict: D_G = v_G - u(f, 1 - delta) [9], v_G = d f / d delta being the student's generating velocity.
 
-    Returns F(z, delta) with its graph and D_G, constant, in units of velocity. D_G = 0 for all z and delta if and
-    only if f is the teacher's flow map. Three forms that agree as h, a number or (B,), goes to 0:
+    Returns F(z, delta) with its graph and D_G, constant, in units of velocity. D_G = 0 for all z and delta if
+    and only if f is the teacher's flow map. Three forms that agree as h, a number or (B,), goes to 0:
         jvp         v_G = F + delta dF/ddelta [7], by forward-mode differentiation
         difference  the same, dF/ddelta being a difference between delta - h and delta + h
-        step        over the stretch from delta - h to delta: what the student says, less what one Heun step of
-                    the teacher makes of the student's own f(z, delta - h)
+        step        over the stretch from delta - h to delta: what the student says, less what one Heun step
+                    of the teacher makes of the student's own f(z, delta - h)
     """
     h = torch.as_tensor(h, device=z.device).expand_as(delta)
     if form == "jvp":
@@ -543,9 +546,9 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
 
 
 def correction_gradient(v_N, u, x_r, r, y=None):
-    """Correct: D_N = v_N(x_r, r) - u(x_r, r) [11], v_N being the velocity of the student's own noised samples x_r.
+    """Correct: D_N = v_N(x_r, r) - u(x_r, r) [11], v_N the velocity of the student's noised samples x_r.
 
-    F(z, 1)^T D_N has the gradient of an integral over r of KL(student's law, noised || teacher's, noised) [10].
+    F(z, 1)^T D_N has the gradient of an integral over r of KL(student's noised law || teacher's) [10].
     Returns a constant shaped as x_r.
     """
     with torch.no_grad():
@@ -564,7 +567,7 @@ class Distiller(nn.Module):
         self.network, self.critic, self.teacher, self.config = student, critic, teacher, config
         if isinstance(teacher, nn.Module):
             teacher.requires_grad_(False)
-        # E||D_G||, E||D_N|| of the step before: lambda is then the same however a batch is spread over machines
+        # E||D_G||, E||D_N|| of the step before: the same lambda however a batch is spread over machines
         self.register_buffer("norms", torch.zeros(2))
 
     def forward(self, batch):
@@ -624,7 +627,8 @@ def draw_prior(shape, num_classes, config, step):
 
     def common(n):
         y = torch.randint(max(num_classes, 1), (n,), generator=g)
-        batch = dict(z=torch.randn(n, *shape, generator=g), y=torch.where(rand(n) < c.label_dropout, num_classes, y))
+        y = torch.where(rand(n) < c.label_dropout, num_classes, y)
+        batch = dict(z=torch.randn(n, *shape, generator=g), y=y)
         if c.is_guided:
             batch["guidance"] = c.guidance_min + (c.guidance_max - c.guidance_min) * rand(n)
         return batch
@@ -632,7 +636,7 @@ def draw_prior(shape, num_classes, config, step):
     m = c.corrections
     n = c.batch_size - m
     predict, correct = common(n), common(m)
-    predict["delta"] = (1 - rand(n)).clamp(min=1e-3)  # away from 0, where a difference over it loses its digits
+    predict["delta"] = (1 - rand(n)).clamp(min=1e-3)  # nearer to 0 a difference over it has no digits left
     predict["h"] = torch.full((n,), c.difference_size)
     if c.prediction == "step":
         longest = c.step_size * (c.final_step_size / c.step_size) ** (step / c.steps)
@@ -643,7 +647,7 @@ def draw_prior(shape, num_classes, config, step):
 
 
 def evaluations_per_step(config):
-    """Teacher evaluations of a step of distillation, one a sample and network call; a guided one counts twice."""
+    """Teacher evaluations of a step of distillation, one a sample and call; guided ones count twice."""
     form = EVALUATIONS["heun"] if config.prediction == "step" else 1
     return ((config.batch_size - config.corrections) * form + config.corrections) * (1 + config.is_guided)
 
@@ -702,8 +706,8 @@ def to_device(batch, device):
 def train(module, draw, config, state=None):
     """Train module.network (and module.critic) from state.step to config.steps.
 
-    module(batch) -> scalar loss, dict of figures; draw(step) -> batch. A generator: yields (step, figures, state)
-    after every step, counted from 1; state.ema.module is the averaged network.
+    module(batch) -> scalar loss, dict of figures; draw(step) -> batch. A generator: yields (step, figures,
+    state) after every step, counted from 1; state.ema.module is the averaged network.
     Raises UserError when a loss or a gradient is not finite, before it reaches the weights.
     """
     state = state or TrainState(module, config)
@@ -716,7 +720,7 @@ def train(module, draw, config, state=None):
         loss.backward()
         norms = [nn.utils.clip_grad_norm_(n.parameters(), config.clip) for n in state.networks.values()]
         if not math.isfinite(loss.item() + sum(norms).item()):
-            raise UserError(f"step {state.step + 1}: loss {loss.item():.3g}, gradient norm {sum(norms).item():.3g}, "
+            raise UserError(f"step {state.step + 1}: loss {loss.item():.3g}, gradient {sum(norms).item():.3g}, "
                             "not finite. The last checkpoint is good; start anew with a lower learning rate")
         state.optimizer.step()
         state.ema.update_parameters(module.network)
@@ -759,7 +763,7 @@ def read_checkpoint(path, kind):
     except FileNotFoundError as e:
         raise UserError(f"there is no {path}: check the name, or train a {kind} first") from e
     except pickle.UnpicklingError as e:
-        raise UserError(f"{path} is no checkpoint, or holds pickled objects, which are never loaded: {advice}") from e
+        raise UserError(f"{path} is no checkpoint or holds pickled objects, never loaded: {advice}") from e
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as e:
         raise UserError(f"{path} cannot be read, it is empty, cut off or no checkpoint: {advice}") from e
     if not isinstance(checkpoint, dict) or checkpoint.get("kind") != kind:
@@ -767,7 +771,7 @@ def read_checkpoint(path, kind):
     try:
         return {**checkpoint, "config": Config(**checkpoint["config"])}
     except (KeyError, TypeError, UserError) as e:
-        raise UserError(f"{path} has settings that this version does not know ({e}): {advice} as it is here") from e
+        raise UserError(f"{path} has settings that this version does not know: {e}; {advice} as it is") from e
 
 
 def load_network(cls, checkpoint, path, device="cpu"):
@@ -776,8 +780,8 @@ def load_network(cls, checkpoint, path, device="cpu"):
         network, tensors = cls(**checkpoint["network"]), dict(checkpoint["ema"])
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
         raise UserError(f"{path} does not describe its network ({e!r}): give a file written by fmd") from e
-    here, there = ({k: getattr(v, "shape", None) for k, v in d.items()} for d in (network.state_dict(), tensors))
-    bad = sorted(k for k in {**here, **there} if here.get(k) != there.get(k))
+    shapes = [{k: getattr(v, "shape", None) for k, v in d.items()} for d in (network.state_dict(), tensors)]
+    bad = sorted(k for k in {**shapes[0], **shapes[1]} if shapes[0].get(k) != shapes[1].get(k))
     if bad:
         raise UserError(f"{path}: tensors missing, left over or of a wrong shape: {', '.join(bad[:5])}"
                         f"{' ...' if len(bad) > 5 else ''}. Give another file")
@@ -805,14 +809,15 @@ def read_log(path):
 
 
 def run_stage(kind, module, draw, config, out, resume=None, score=None, **extra):
-    """Train with a progress bar, metrics.jsonl and out/<kind>.pt, going on from the checkpoint `resume` if given.
+    """Train with a progress bar, metrics.jsonl and out/<kind>.pt, from the checkpoint `resume` if given.
 
     score(network) -> endpoint error; extra goes into the checkpoint. Returns the last checkpoint. Ctrl-C and
     SIGTERM finish the step, save, and raise UserError with the command that goes on.
     """
     path, log_path, settings = out / f"{kind}.pt", out / "metrics.jsonl", dataclasses.asdict(config)
     if kind == "teacher":
-        config = dataclasses.replace(config, steps=config.teacher_steps, learning_rate=config.teacher_learning_rate)
+        config = dataclasses.replace(config, steps=config.teacher_steps,
+                                     learning_rate=config.teacher_learning_rate)
     state, began = TrainState(module, config), time.perf_counter()
     if resume:
         try:
@@ -830,20 +835,20 @@ def run_stage(kind, module, draw, config, out, resume=None, score=None, **extra)
     # Lines of this stage past the checkpoint will come again.
     lines = [line for line in read_log(log_path) if line["stage"] != kind or line["step"] <= state.step]
     save(log_path, lambda p: p.write_text("".join(json.dumps(line) + "\n" for line in lines)))
-    last, sums, shown = keep(), {}, {}  # kept before the first step: a folder that cannot be written is found now
+    last, sums, shown = keep(), {}, {}  # before the first step: a folder that cannot be written is found now
     with deferred_interrupts() as interrupts, open(log_path, "a") as log, tqdm(
         desc=kind, total=config.steps, initial=state.step, unit="step", dynamic_ncols=True, disable=None
     ) as bar:
         for step, figures, _ in train(module, draw, config, state):
-            done = bool(interrupts) or step == config.steps
+            done, measured = bool(interrupts) or step == config.steps, {}
             for name, value in figures.items():
                 sums.setdefault(name, []).append(value)
             if score and (done or step % config.eval_interval == 0):
-                shown["endpoint_error"] = score(state.ema.module)
-            if done or step % config.log_interval == 0:
-                shown.update({name: torch.stack(values).mean().item() for name, values in sums.items()})
-                sums = {}
-                line = dict(stage=kind, step=step, seconds=round(time.perf_counter() - began, 3), **shown)
+                measured["endpoint_error"] = score(state.ema.module)
+            if done or measured or step % config.log_interval == 0:
+                measured.update({name: torch.stack(values).mean().item() for name, values in sums.items()})
+                shown, sums = {**shown, **measured}, {}
+                line = dict(stage=kind, step=step, seconds=round(time.perf_counter() - began, 3), **measured)
                 print(json.dumps(line), file=log, flush=True)
                 bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
             if done or step % config.checkpoint_interval == 0:
@@ -862,7 +867,7 @@ def run_stage(kind, module, draw, config, out, resume=None, score=None, **extra)
 
 @torch.no_grad()
 def sample(student, n, y=None, guidance=None, generator=None):
-    """n one-step samples f(z, 1), (n, C, H, W), by one evaluation of the network. y, guidance: (n,) or None."""
+    """n one-step samples f(z, 1), (n, C, H, W), by one call of the network. y, guidance: (n,) or None."""
     device = student.pos_embed.device
     z = torch.randn(n, *student.shape, generator=generator).to(device)
     return student.map(z, torch.ones(n, device=device), y, guidance)
@@ -870,20 +875,20 @@ def sample(student, n, y=None, guidance=None, generator=None):
 
 @torch.no_grad()
 def student_path(student, z, points, y=None, guidance=None):
-    """f(z, i / points) for i = 0 ... points, each a jump from z: (points + 1, B, C, H, W), as solve_ode's path."""
+    """f(z, i / points) for i = 0 ... points, each a jump from z: (points + 1, B, C, H, W)."""
     return torch.stack([student.map(z, torch.full((len(z),), i / points, device=z.device), y, guidance)
                         for i in range(points + 1)])
 
 
 def relative_error(found, truth, reference=None):
-    """sqrt(E||found - truth||^2 / E||s - mean s||^2), s being the reference or else the truth. 0 is exact; at 1
-    the error is as wide as the reference."""
+    """sqrt(E||found - truth||^2 / E||s - mean s||^2), s being the reference or else the truth. 0 is exact; at
+    1 the error is as wide as the reference."""
     s = truth if reference is None else reference
     return ((found - truth).square().mean() / (s - s.mean(0)).square().mean()).sqrt().item()
 
 
 def error_along_path(found, truth):
-    """Relative error at every delta of two paths (S, B, C, H, W), S numbers in units of the spread at delta = 1."""
+    """Relative error at every delta of two paths (S, B, C, H, W): S numbers, as fractions of the last spread."""
     return [relative_error(a, b, truth[-1]) for a, b in zip(found, truth)]
 
 
@@ -895,8 +900,8 @@ def endpoint_error(student, teacher, z, y=None, guidance=None, steps=64):
 
 
 def sliced_w2(a, b, projections=128):
-    """Sliced 2-Wasserstein distance of two sets of samples of one shape (N, ...): root mean square, over fixed
-    random directions, of the distance between sorted projections. Raises ValueError.
+    """Sliced 2-Wasserstein distance of two sets of samples of one shape (N, ...): root mean square, over
+    fixed random directions, of the distance between sorted projections. Raises ValueError.
 
     Two sets of one law are not 0 apart: their distance is the floor to compare with.
     """
@@ -910,8 +915,8 @@ def sliced_w2(a, b, projections=128):
 def coverage(toy, x):
     """The share of points x (N, 2, 1, 1) outside the toy, and that of its emptiest part over what is its due.
 
-    Outside is farther from the skeleton than 4 standard deviations of the blur, or than 0.07. A part is a cell,
-    a mode, or a quarter of a curve, and has the points nearest to it. Data has about 0 and a little less than 1.
+    Outside is farther from the skeleton than 4 standard deviations of the blur, or than 0.07. A part is a
+    cell, a mode, or a quarter of a curve, and has the points nearest to it. Data has about 0 and nearly 1.
     """
     line = torch.linspace(0, 1, 1024 if toy.blur else 33)
     v = torch.stack([line, line], 1) if toy.blur else torch.cartesian_prod(line, line)
@@ -919,15 +924,16 @@ def coverage(toy, x):
     part = k * toy.arcs + (v[:, 0] * toy.arcs).long().clamp(max=toy.arcs - 1)
     near = [torch.cdist(chunk, toy.skeleton(k, v)).min(1) for chunk in x.flatten(1).cpu().split(1000)]
     outside = torch.cat([n.values for n in near]) > max(4 * toy.blur, 0.07)
-    counts = part[torch.cat([n.indices for n in near])[~outside]].bincount(minlength=toy.num_classes * toy.arcs)
+    nearest = torch.cat([n.indices for n in near])[~outside]
+    counts = part[nearest].bincount(minlength=toy.num_classes * toy.arcs)
     return dict(outside=outside.float().mean().item(), emptiest=(counts.min() * len(counts) / len(x)).item())
 
 
 def evaluate(student, start, config, out, files, data=None):
     """Figures into metrics.json, pictures beside it; scores are of the unlabelled model.
 
-    start: the teacher's network; files: both checkpoints; data: a ToyData, or None to compare with the teacher
-    only. metrics.json is written last: it says that a run is complete.
+    start: the teacher's network; files: both checkpoints; data: a ToyData, or None to compare with the
+    teacher only. metrics.json is written last: it says that a run is complete.
     """
     n, device, steps = config.eval_samples, start.pos_embed.device, config.solver_steps
     teacher = make_distiller(start, config).teacher
@@ -937,7 +943,7 @@ def evaluate(student, start, config, out, files, data=None):
     path = solve_ode(teacher, few, steps, "rk4", return_path=True)
     jumps = student_path(student, few, steps, None, None if strength is None else strength[: len(few)])
     errors = error_along_path(jumps, path)
-    ends, others = (solve_ode(teacher, noise, 16, "rk4") for noise in z)
+    ends, others = (solve_ode(teacher, noise, 8, "rk4") for noise in z)  # to 1e-3 of the spread
     sets = {"teacher": ends, "student": student_path(student, z[0], 1, None, strength)[1]}
     sw2, floor = sliced_w2(sets["student"], others), sliced_w2(ends, others)
     metrics = dict(
@@ -953,15 +959,15 @@ def evaluate(student, start, config, out, files, data=None):
     metrics["error_along_path"] = errors
     titles = {"teacher": f"teacher, {metrics['teacher_nfe']} evaluations", "student": "student, 1 evaluation"}
     save_figure(plot_samples({name: x[:4000] for name, x in sets.items()}, titles), out / "comparison.png")
-    save_figure(plot_paths(path[:, :24], jumps[:, :24]), out / "paths.png")
+    save_figure(plot_paths(path, jumps), out / "paths.png")
     save_figure(plot_error({"student": errors}), out / "error.png")
     save_figure(plot_losses(read_log(out / "metrics.jsonl")), out / "losses.png")
     save_figure(animate_paths(path[:, :1500], jumps[:, :1500]), out / "paths.gif")
     save(out / "metrics.json", lambda p: p.write_text(json.dumps(metrics, indent=1) + "\n"))
-    print(f"endpoint error {errors[-1]:.4f} of the spread; SW2 {sw2 / floor:.3f} times its floor of {floor:.4f}; "
+    print(f"endpoint error {errors[-1]:.4f} of the spread; SW2 {sw2 / floor:.3f} times its floor {floor:.4f};",
           f"1 evaluation instead of {metrics['teacher_nfe']}")
     for name, c in metrics.get("coverage", {}).items():
-        print(f"{name:>8}: {c['outside']:6.2%} outside the toy, its emptiest part has {c['emptiest']:.2f} of its due")
+        print(f"{name:>8}: {c['outside']:6.2%} outside the toy; emptiest part {c['emptiest']:.2f} of its due")
     print(f"pictures and metrics.json are in {out}")
 
 
@@ -996,14 +1002,17 @@ def plot_samples(samples, titles=None):
     return figure
 
 
-def plot_paths(teacher_path, student_path):
-    """The teacher's paths and the student's f(z, delta) over them, (S, B, 2, 1, 1) from the same noises."""
-    figure, (axis,) = panels(1, torch.cat([teacher_path, student_path]), 6.5)
-    for name, path, width, alpha, dot in ("teacher", teacher_path, 4, 0.4, 70), ("student", student_path, 1.2, 1, 16):
-        for i in range(path.shape[1]):
-            axis.plot(*plane(path[:, i]), color=COLORS[name], lw=width, alpha=alpha, label=None if i else name)
-        axis.scatter(*plane(path[-1]), s=dot, linewidths=0, color=COLORS[name], alpha=max(alpha, 0.6), zorder=3)
-    axis.scatter(*plane(teacher_path[0]), s=28, facecolors="white", edgecolors="black", zorder=4, label="noise z")
+def plot_paths(teacher_path, student_path, lines=40):
+    """The teacher's paths and the student's f(z, delta) over them, (S, B, 2, 1, 1) from the same noises: the first
+    `lines` of them as lines, the teacher's other ends as a background."""
+    figure, (axis,) = panels(1, torch.cat([teacher_path[:, :lines], student_path[:, :lines]]), 7)
+    axis.scatter(*plane(teacher_path[-1]), s=4, linewidths=0, color=COLORS["teacher"], alpha=0.15)
+    for name, path, width, alpha in ("teacher", teacher_path, 4, 0.4), ("student", student_path, 1.2, 1):
+        for i in range(min(lines, path.shape[1])):
+            label = None if i else name
+            axis.plot(*plane(path[:, i]), color=COLORS[name], lw=width, alpha=alpha, label=label)
+        axis.scatter(*plane(path[-1, :lines]), s=18 * width, linewidths=0, color=COLORS[name], alpha=alpha, zorder=3)
+    axis.scatter(*plane(teacher_path[0, :lines]), s=28, color="white", edgecolors="black", zorder=4, label="noise z")
     axis.set_title("Teacher's ODE path and student's jumps f(z, δ), same noises", fontsize=13)
     axis.legend(loc="upper left", fontsize=11, framealpha=0.9)
     return figure
@@ -1027,16 +1036,16 @@ def plot_losses(lines):
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     for axis, title, stage, curves in zip(
         axes,
-        ["Teacher: its loss", "Student: its residuals", "Student: distance from the teacher"],
+        ["Teacher: its loss", "Student: residuals ‖D‖²/d", "Student: distance from the teacher"],
         ["teacher", "student", "student"],
         [{"flow_matching": ("flow matching", "teacher")},
-         {"prediction": ("prediction, E‖D_G‖²/d", "student"), "correction": ("correction, E‖D_N‖²/d", "critic")},
+         {"prediction": ("prediction", "student"), "correction": ("correction", "critic")},
          {"endpoint_error": ("endpoint error", "student")}],
     ):
         for name, (label, color) in curves.items():
             points = [(line["step"], line[name]) for line in lines if line["stage"] == stage and name in line]
             axis.plot(*zip(*points) if points else ([], []), color=COLORS[color], label=label)
-        axis.set(title=title, xlabel="step", yscale="log" if stage == "student" else "linear")
+        axis.set(title=title, xlabel="step", yscale="log" if "residuals" in title else "linear")
         axis.grid(alpha=0.3, which="both")
         axis.legend()
     return figure
@@ -1046,7 +1055,7 @@ def animate_paths(teacher_path, student_path, frames=32):
     """Noise becoming data along both paths, (S, B, 2, 1, 1): an animation that rests on its last frame."""
     figure, axes = panels(2, torch.cat([teacher_path, student_path]), 3.6)
     paths = {"teacher, ODE up to": teacher_path, "student, one jump to": student_path}
-    clouds = [axis.scatter([], [], s=4, linewidths=0, color=COLORS[name[:7]]) for axis, name in zip(axes, paths)]
+    clouds = [axis.scatter([], [], s=4, lw=0, color=COLORS[name[:7]]) for axis, name in zip(axes, paths)]
     steps = np.linspace(0, len(teacher_path) - 1, frames).round().astype(int).tolist()
 
     def show(i):
@@ -1071,7 +1080,7 @@ def save_figure(figure, path):
 
 STAGE_FILES = {"all": ["teacher.pt", "student.pt"], "teacher": ["teacher.pt"], "distill": ["student.pt"],
                "sample": ["samples.npz"], "evaluate": ["metrics.json"]}
-FREE = {"log_interval", "eval_interval", "checkpoint_interval"}  # a resumed run may change what computes nothing
+FREE = {"log_interval", "eval_interval", "checkpoint_interval"}  # may change when a run is resumed
 
 
 def train_teacher(config, out, device, resume=None):
@@ -1096,7 +1105,8 @@ def train_student(start, config, out, teacher_file, resume=None):
         return relative_error(student_path(student, z, 1, None, strength)[1], phi)
 
     draw = functools.partial(draw_prior, start.shape, start.num_classes, config)
-    return run_stage("student", distiller, draw, config, out, resume, score, teacher=str(teacher_file.resolve()))
+    teacher = str(teacher_file.resolve())
+    return run_stage("student", distiller, draw, config, out, resume, score, teacher=teacher)
 
 
 def write_samples(student, config, out, n, classes=None, strength=None, seed=0):
@@ -1106,11 +1116,11 @@ def write_samples(student, config, out, n, classes=None, strength=None, seed=0):
         known = [str(label) for label in range(student.num_classes)]
         wanted = classes.split(",")
         if not set(wanted) <= set(known):
-            raise UserError(f"--classes {classes}: give some of {','.join(known) or 'none, there are no labels'}", 2)
+            raise UserError(f"--classes {classes}: this student knows {','.join(known) or 'no labels'}", 2)
         y = torch.tensor([int(label) for label in wanted], device=device)[torch.arange(n) % len(wanted)]
     if strength is not None and not config.guidance_min <= strength <= config.guidance_max:
-        raise UserError(f"--guidance {strength}: this student was trained for strengths from {config.guidance_min} "
-                        f"to {config.guidance_max}", 2)
+        raise UserError(f"--guidance {strength}: this student was trained for strengths from "
+                        f"{config.guidance_min} to {config.guidance_max}; give one of them", 2)
     if config.is_guided:
         guidance = torch.full((n,), config.guidance_min if strength is None else strength, device=device)
     x = sample(student, n, y, guidance, generator(seed, SAMPLING)).cpu()
@@ -1127,14 +1137,14 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser():
     examples = "\n".join(line for line in __doc__.splitlines() if line.startswith("    python"))
-    parser = Parser("fmd.py", description="Flow map distillation without data. Commands to paste:\n" + examples,
-                    allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("fmd.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    description="Flow map distillation without data. Commands to paste:\n" + examples)
     add = parser.add_argument
     add("--stage", default="all", choices=list(STAGE_FILES), help="what to do (default: all)")
     add("--teacher", metavar="FILE", help="distill this teacher instead of training one; touches no data")
     add("--student", metavar="FILE", help="sample or evaluate this student")
     add("--out", metavar="DIR", help="folder of the run (default: the next free one of runs/DATASET, ...-2)")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out, or start if there is none")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out, or start if none")
     add("--overwrite", action="store_true", help="replace what an earlier run left in --out")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto)")
     add("--samples", type=int, default=4096, help="for --stage sample: how many (default: 4096)")
@@ -1147,7 +1157,8 @@ def make_parser():
         kind = dict(type=f.type, metavar=f.type.__name__.upper())
         if f.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
-        add(flag(f.name), default=argparse.SUPPRESS, help=f"{f.metadata['help']} ({', '.join(defaults)})", **kind)
+        text = f"{f.metadata['help']} ({', '.join(defaults)})"
+        add(flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
     return parser
 
 
@@ -1176,8 +1187,8 @@ def settle(given, base, grows=()):
     for name, value in given.items():
         old = getattr(base, name)
         if value != old and name not in FREE and not (name in grows and value > old):
-            raise UserError(f"{flag(name)} {value} contradicts {old}, the setting of the run or teacher that is used: "
-                            "leave the flag away, or start anew with another --out", 2)
+            raise UserError(f"{flag(name)} {value} contradicts {old}, the setting of the run or teacher "
+                            "that is used: leave the flag away, or start anew with another --out", 2)
     return dataclasses.replace(base, **given)
 
 
@@ -1189,19 +1200,20 @@ def run(args):
     if args.samples < 1:
         raise UserError(f"--samples {args.samples}: give at least 1", 2)
     device, out = pick_device(args.device), pick_folder(args, dataset)
-    teacher_file, student_file = Path(args.teacher or out / "teacher.pt"), Path(args.student or out / "student.pt")
+    teacher_file = Path(args.teacher or out / "teacher.pt")
+    student_file = Path(args.student or out / "student.pt")
     for name in STAGE_FILES[args.stage]:
         if (out / name).exists() and not args.resume and not args.overwrite:
-            raise UserError(f"{out / name} is there already: --resume goes on with it, --overwrite replaces it, "
-                            "another --out leaves it alone", 2)
+            raise UserError(f"{out / name} is there already: --resume goes on with it, --overwrite replaces "
+                            "it, another --out leaves it alone", 2)
 
     if args.stage in ("sample", "evaluate"):
         checkpoint = read_checkpoint(student_file, "student")
         student = load_network(FlowMap, checkpoint, student_file, device)
         out.mkdir(parents=True, exist_ok=True)
         if args.stage == "sample":
-            return write_samples(student, checkpoint["config"], out, args.samples, args.classes, args.guidance,
-                                 config.seed)
+            return write_samples(student, checkpoint["config"], out, args.samples, args.classes,
+                                 args.guidance, config.seed)
         if not teacher_file.exists():
             teacher_file = Path(args.teacher or checkpoint["teacher"])
         teacher = read_checkpoint(teacher_file, "teacher")
@@ -1218,7 +1230,7 @@ def run(args):
         teacher_file = Path(args.teacher or resume["student"]["teacher"])
         own_teacher = own_teacher and teacher_file == (out / "teacher.pt").resolve()
         if resume["student"]["step"] == config.steps and (out / "metrics.json").exists():
-            return print(f"{out} is finished: a larger --steps goes on, --stage evaluate --overwrite measures again")
+            return print(f"{out} is finished: a larger --steps goes on with it")
     elif resume["teacher"] and own_teacher:
         config = settle(given, resume["teacher"]["config"], ["steps", "teacher_steps"])
 
@@ -1227,11 +1239,11 @@ def run(args):
     else:
         teacher = read_checkpoint(teacher_file, "teacher")
         start, data = load_network(DiT, teacher, teacher_file, device), None
-        of_teacher = {k: getattr(teacher["config"], k) for k in ("dataset", "toy", *start.settings) if hasattr(config, k)}
-        settle({k: v for k, v in given.items() if k in of_teacher}, teacher["config"])
-        config = dataclasses.replace(config, **of_teacher)
+        names = ["dataset", "toy", "hidden_size", "depth", "num_heads", "patch_size"]  # the teacher decides
+        settle({k: v for k, v in given.items() if k in names}, teacher["config"])
+        config = dataclasses.replace(config, **{k: getattr(teacher["config"], k) for k in names})
         if teacher["step"] < teacher["config"].teacher_steps:
-            print(f"note: {teacher_file} is unfinished, at step {teacher['step']} of {teacher['config'].teacher_steps}")
+            print(f"note: the training of {teacher_file} is unfinished")
     out.mkdir(parents=True, exist_ok=True)
     for name in ["metrics.json"] + ["metrics.jsonl"] * (own_teacher and not args.resume):
         (out / name).unlink(missing_ok=True)  # of a run that goes on or is replaced
@@ -1246,7 +1258,7 @@ def run(args):
 
 
 def main(argv=None):
-    """The command line. Returns the exit status: 0 done, 1 failed while running, 2 a command that cannot be right."""
+    """The command line. Returns the exit status: 0 done, 1 failed in running, 2 a wrong command."""
     args = make_parser().parse_args(argv)
     terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill ends as Ctrl-C does
     try:
