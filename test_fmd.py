@@ -93,7 +93,7 @@ def slope(t):
 @pytest.mark.parametrize("form, h, tolerance", [("jvp", 0.1, 1e-12), ("difference", 1e-4, 1e-6), ("step", 1e-3, 1e-5)])
 def test_prediction_gradient_vanishes_at_the_exact_flow_map(form, h, tolerance):
     z, delta = noise(64, 2, 1, 1), times(64)
-    _, D_G = fmd.prediction_gradient(GaussianMap(), gaussian_teacher(), z, delta, form=form, h=h)
+    D_G = fmd.prediction_gradient(GaussianMap(), gaussian_teacher(), z, delta, form=form, h=h)
     assert D_G.abs().max() < tolerance
 
 
@@ -101,10 +101,12 @@ def test_prediction_gradient_vanishes_at_the_exact_flow_map(form, h, tolerance):
 def test_prediction_gradient_of_a_shifted_map(form, h, tolerance):
     # f = phi + delta b, and u is linear in x: D_G = b - slope(1 - delta) delta b, of the sign of b where it matters
     z, delta, b = noise(64, 2, 1, 1), times(64), 0.3
-    F, D_G = fmd.prediction_gradient(GaussianMap(b), gaussian_teacher(), z, delta, form=form, h=h)
+    student = GaussianMap(b)
+    D_G = fmd.prediction_gradient(student, gaussian_teacher(), z, delta, form=form, h=h)
+    known = fmd.prediction_gradient(student, gaussian_teacher(), z, delta, form=form, h=h, F=student(z, delta))
+    assert torch.equal(D_G, known) and not known.requires_grad
     expected = fmd.expand(b * (1 - slope(1 - delta) * delta)).expand_as(z)
     torch.testing.assert_close(D_G, expected, atol=tolerance, rtol=tolerance)
-    assert (F - GaussianMap()(z, delta)).sub(b).abs().max() < 1e-12
     assert (D_G[delta < 0.5] > 0).all()
 
 
@@ -142,9 +144,8 @@ def test_training_by_prediction_or_correction_recovers_the_gaussian():
         distiller = fmd.Distiller(student, ExactCritic(), lambda x, t, y=None: gaussian_teacher()(x, t), c)
         optimizer = torch.optim.SGD([student.shift], lr=0.3)
         for step in range(60):
-            predict, correct = fmd.draw_prior((2, 1, 1), 0, c, step)
-            as_double = [{k: v.double() if v.is_floating_point() else v for k, v in d.items()} for d in (predict, correct)]
-            loss, _ = distiller(tuple(as_double))
+            batch = fmd.draw_prior((2, 1, 1), 0, c, step)
+            loss, _ = distiller({k: v.double() if v.is_floating_point() else v for k, v in batch.items()})
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -386,8 +387,7 @@ def test_guidance_input_changes_nothing_at_first_and_something_later():
 def test_forms_of_the_prediction_converge_to_each_other():
     student, teacher = small(fmd.FlowMap, 1, input_size=4, patch_size=2), small(seed=2, input_size=4, patch_size=2)
     z, delta, y = noise(6, 2, 4, 4), times(6, low=0.3, high=0.7), torch.tensor([0, 1, 2, 3, 0, 1])
-    F, exact = fmd.prediction_gradient(student, teacher, z, delta, y, form="jvp")
-    torch.testing.assert_close(F, student(z, delta, y))
+    exact = fmd.prediction_gradient(student, teacher, z, delta, y, form="jvp")
     # the derivative, independently: reverse mode of each output
     d = delta.clone().requires_grad_(True)
     out = student(z, d, y)
@@ -395,7 +395,7 @@ def test_forms_of_the_prediction_converge_to_each_other():
     v_G = out + fmd.expand(delta) * torch.stack(rows, 1).view_as(out)
     torch.testing.assert_close(exact, (v_G - teacher(student.map(z, delta, y), 1 - delta, y)).detach())
     for form, order in (("difference", 2), ("step", 1)):
-        gaps = [(fmd.prediction_gradient(student, teacher, z, delta, y, form=form, h=h)[1] - exact).abs().max().item()
+        gaps = [(fmd.prediction_gradient(student, teacher, z, delta, y, form=form, h=h) - exact).abs().max().item()
                 for h in (0.02, 0.01)]
         assert abs(math.log2(gaps[0] / gaps[1]) - order) < 0.2, form
 
@@ -404,10 +404,10 @@ def test_a_step_as_long_as_the_path_is_regression_on_the_teacher():
     # h = delta: the step begins at the noise, so the student is held to the teacher's own Heun step
     student, teacher = small(fmd.FlowMap, 1), small(seed=2)
     z, delta = noise(6, 2, 1, 1), times(6)
-    F, D_G = fmd.prediction_gradient(student, teacher, z, delta, form="step", h=delta)
+    D_G = fmd.prediction_gradient(student, teacher, z, delta, form="step", h=delta)
     k1 = teacher(z, torch.ones(6).double())
     k2 = teacher(z + fmd.expand(delta) * k1, 1 - delta)
-    torch.testing.assert_close(D_G, (F - (k1 + k2) / 2).detach())
+    torch.testing.assert_close(D_G, (student(z, delta) - (k1 + k2) / 2).detach())
 
 
 def gradients(loss, network):
@@ -427,7 +427,7 @@ def test_gradient_of_the_prediction_is_that_of_its_equation(form):
     student, teacher = small(fmd.FlowMap, 1), small(seed=2)
     z, delta, y, h = noise(6, 2, 1, 1), times(6), torch.tensor([0, 1, 2, 3, 0, 1]), torch.full((6,), 0.04).double()
     distiller = fmd.Distiller(student, None, teacher, config)
-    loss, _ = distiller((dict(z=z, delta=delta, h=h, y=y), dict(z=z[:0])))
+    loss, _ = distiller(dict(z=z, delta=delta, h=h, y=y, r=delta[:0], n=z[:0]))
     F = student(z, delta, y)
     with torch.no_grad():
         at = delta.clone()
@@ -454,17 +454,16 @@ def test_gradient_of_the_correction_is_that_of_its_equation():
     distiller.norms.copy_(torch.tensor([2.0, 5.0]))
     z, r, n, y = noise(6, 2, 1, 1), times(6), noise(6, 2, 1, 1, seed=5), torch.tensor([0, 1, 2, 3, 0, 1])
     delta, h = times(6, seed=8), torch.full((6,), 0.01).double()
-    predict = dict(z=noise(6, 2, 1, 1, seed=9), delta=delta, h=h, y=y)
-    loss, figures = distiller((predict, dict(z=z, r=r, n=n, y=y)))
+    z_p, one = noise(6, 2, 1, 1, seed=9), torch.ones(6).double()
+    loss, figures = distiller(dict(z=torch.cat([z_p, z]), delta=torch.cat([delta, one]), y=torch.cat([y, y]), h=h, r=r, n=n))
     balance = 0.7 * 2 / (5 + config.eps)
     assert figures["lambda"].item() == pytest.approx(balance)
 
-    one = torch.ones(6).double()
     F = student(z, one, y)
     x = (z + F).detach()
     x_r = (1 - r)[:, None, None, None] * x + r[:, None, None, None] * n
     D_N = (critic(x_r, r, y) - teacher(x_r, r, y)).detach()
-    prediction = distiller.predict(**predict)[0]
+    prediction = distiller.predict(student(z_p, delta, y), z_p, delta, y, None, h)[0]
     assert_same_gradients(gradients(loss, student), gradients(prediction + balance * (F * D_N).mean(), student))
     critic_loss = (critic(x_r, r, y) - (x - n)).square().mean()
     assert_same_gradients(gradients(loss, critic), gradients(critic_loss, critic))
@@ -478,18 +477,18 @@ def test_gradient_of_the_correction_is_that_of_its_equation():
 def test_decay_and_balance_by_hand(monkeypatch):
     # ||D_G||^2 / d = (1 + 4 + 4 + 16) / 4 = 6.25
     D, F = torch.tensor([1.0, 2.0, -2.0, 4.0]).view(1, 4, 1, 1), torch.tensor([1.0, 1.0, 1.0, 1.0]).view(1, 4, 1, 1)
-    monkeypatch.setattr(fmd, "prediction_gradient", lambda *a, **k: (F, D))
+    monkeypatch.setattr(fmd, "prediction_gradient", lambda *a, **k: D)
     for k, scale in ((0.0, 1.0), (0.5, 1 / 2.7), (1.0, 1 / 7.29)):
         distiller = fmd.Distiller(None, None, None, fmd.Config(prediction="jvp", decay=k, eps=1.04))  # 6.25 + 1.04 = 2.7^2
-        term, norm, residual = distiller.predict(None, None, None, None)
+        term, norm, residual = distiller.predict(F, None, None, None, None, None)
         assert term.item() == pytest.approx(5 / 4 * scale) and norm.item() == pytest.approx(2.5 * scale)
         assert residual.item() == 6.25
     # the form 'step' weighs with h / delta, before the decay
     distiller = fmd.Distiller(None, None, None, fmd.Config(prediction="step", decay=0.5, eps=1e-12))
-    term, norm, residual = distiller.predict(None, torch.tensor([0.5]), torch.tensor([0.1]), None)
+    term, norm, residual = distiller.predict(F, None, torch.tensor([0.5]), None, None, torch.tensor([0.1]))
     assert norm.item() == pytest.approx(1) and residual.item() == 6.25
     distiller = fmd.Distiller(None, None, None, fmd.Config(prediction="step", decay=0.0))
-    assert distiller.predict(None, torch.tensor([0.5]), torch.tensor([0.1]), None)[1].item() == pytest.approx(0.5)
+    assert distiller.predict(F, None, torch.tensor([0.5]), None, None, torch.tensor([0.1]))[1].item() == pytest.approx(0.5)
 
 
 def test_guided_distillation_asks_the_guided_teacher_and_conditions_both_networks():
@@ -498,15 +497,14 @@ def test_guided_distillation_asks_the_guided_teacher_and_conditions_both_network
     start = small().float()
     distiller = fmd.make_distiller(start, config)
     batch = fmd.draw_prior(start.shape, start.num_classes, config, 0)
-    for part in batch:
-        assert ((1 <= part["guidance"]) & (part["guidance"] <= 4)).all() and part["guidance"].std() > 0.3
+    assert ((1 <= batch["guidance"]) & (batch["guidance"] <= 4)).all() and batch["guidance"].std() > 0.3
     loss, figures = distiller(batch)
     loss.backward()
     for network in (distiller.network, distiller.critic):
         assert network.guidance_embedder.mlp[2].weight.grad.abs().max() > 0
     # by hand: D_G of the guided velocity
-    p = {k: v.double() for k, v in batch[0].items() if k != "y"}
-    y, at = batch[0]["y"], p["delta"]
+    p = {k: v[:8].double() for k, v in batch.items() if k != "y"}
+    y, at = batch["y"][:8], p["delta"]
     student, teacher = distiller.network.double(), start.double()
     with torch.no_grad():
         F = student(p["z"], at, y, p["guidance"])
@@ -533,31 +531,28 @@ def test_count_of_teacher_evaluations(settings):
 
 def test_draws_are_pure_and_as_described():
     config = fmd.Config(batch_size=4000, seed=3, label_dropout=0.25)
-    predict, correct = fmd.draw_prior((2, 1, 1), 5, config, 7)
-    again = fmd.draw_prior((2, 1, 1), 5, config, 7)
-    for a, b in zip((predict, correct), again):
-        assert all(torch.equal(a[k], b[k]) for k in a)
-    other = fmd.draw_prior((2, 1, 1), 5, config, 8)[0]
-    assert not torch.equal(predict["z"], other["z"])
-    assert len(predict["z"]) == 3000 and len(correct["z"]) == 1000  # 75 % and 25 %
-    assert abs((predict["y"] == 5).float().mean().item() - 0.25) < 0.03
-    assert set(predict["y"].tolist()) == set(range(6))
-    assert abs(predict["z"].mean()) < 0.05 and abs(predict["z"].std() - 1) < 0.05
-    delta, h = predict["delta"], predict["h"]
+    batch, again = (fmd.draw_prior((2, 1, 1), 5, config, 7) for _ in range(2))
+    assert all(torch.equal(batch[k], again[k]) for k in batch)
+    assert not torch.equal(batch["z"], fmd.draw_prior((2, 1, 1), 5, config, 8)["z"])
+    assert len(batch["h"]) == 3000 and len(batch["r"]) == 1000 and (batch["delta"][3000:] == 1).all()  # 75 % and 25 %
+    assert abs((batch["y"] == 5).float().mean().item() - 0.25) < 0.03
+    assert set(batch["y"].tolist()) == set(range(6))
+    assert abs(batch["z"].mean()) < 0.05 and abs(batch["z"].std() - 1) < 0.05
+    delta, h = batch["delta"][:3000], batch["h"]
     assert 0 < delta.min() and delta.max() <= 1 and abs(delta.mean() - 0.5) < 0.02 and abs(delta.var() - 1 / 12) < 0.005
     assert (0 < h).all() and (h <= delta).all() and 0.45 < h.max() <= config.step_size
-    last = fmd.draw_prior((2, 1, 1), 5, config, config.steps)[0]["h"]
+    last = fmd.draw_prior((2, 1, 1), 5, config, config.steps)["h"]
     assert 0.045 < last.max() <= config.final_step_size + 1e-6
-    logit = torch.logit(correct["r"])
+    logit = torch.logit(batch["r"])
     assert abs(logit.mean() - 0.8) < 0.1 and abs(logit.std() - 1) < 0.08
-    assert abs((correct["n"] * correct["z"]).mean()) < 0.06  # independent noises
+    assert abs((batch["n"] * batch["z"][3000:]).mean()) < 0.06  # independent noises
     data = fmd.draw_data(fmd.ToyData("moons"), config, 7)
     assert abs(torch.logit(data["t"]).mean()) < 0.06 and set(data["y"].tolist()) == {0, 1, 2}
 
 
 def test_draws_differ_between_seeds_and_streams():
-    batches = [fmd.draw_prior((2, 1, 1), 5, fmd.Config(seed=s), 0)[0]["z"] for s in (0, 1)]
-    batches.append(fmd.draw_data(fmd.ToyData("moons"), fmd.Config(seed=0), 0)["n"][:192])
+    batches = [fmd.draw_prior((2, 1, 1), 5, fmd.Config(seed=s), 0)["z"] for s in (0, 1)]
+    batches.append(fmd.draw_data(fmd.ToyData("moons"), fmd.Config(seed=0), 0)["n"])
     assert len({round(b.sum().item(), 4) for b in batches}) == 3
 
 
@@ -804,7 +799,7 @@ def test_the_default_command_end_to_end(finished):
             "config", "versions", "coverage", "error_along_path"} <= metrics.keys()
     assert metrics["teacher_evaluations"] == 12 * (12 * 2 + 4) and metrics["nfe"] == 1
     assert metrics["error_along_path"][0] == 0 and metrics["error_along_path"][-1] == metrics["endpoint_error"]
-    assert metrics["config"]["steps"] == 12 and metrics["config"]["label_dropout"] == 0.5
+    assert metrics["config"]["steps"] == 12 and metrics["config"]["label_dropout"] == 0.75
     # the figures, again and from the files
     teacher, student = fmd.load_teacher(finished / "teacher.pt"), fmd.load_student(finished / "student.pt")
     z = torch.randn(2, 200, 2, 1, 1, generator=fmd.generator(0, fmd.EVALUATION, 1))
@@ -1070,10 +1065,10 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(finis
     draw = fmd.draw_prior
 
     def poisoned(shape, num_classes, config, step):
-        predict, correct = draw(shape, num_classes, config, step)
+        batch = draw(shape, num_classes, config, step)
         if step == 6:
-            predict["z"][0] = math.nan
-        return predict, correct
+            batch["z"][0] = math.nan
+        return batch
 
     monkeypatch.setattr(fmd, "draw_prior", poisoned)
     line = run("--out", tmp_path, *TINY, status=1, capsys=capsys)
