@@ -365,7 +365,7 @@ class DiT(nn.Module):
         elif guidance is not None:
             raise ValueError("this network has no input for guidance: train it with guidance_max above 1")
         (C, H, W), p = self.shape, self.patch_size
-        x = x.view(-1, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(len(x), -1, C * p * p)
+        x = x.reshape(-1, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(len(x), -1, C * p * p)
         proj = self.x_embedder.proj  # a convolution by name and shape, a matrix by what it does
         x = nnf.linear(x, proj.weight.flatten(1), proj.bias) + self.pos_embed  # (B, T, D), tokens row by row
         for block in self.blocks:
@@ -522,7 +522,8 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     """Predict: D_G = v_G - u(f, 1 - delta) [9], v_G = d f / d delta being the student's generating velocity.
 
     D_G is constant, shaped as z, and 0 for all z and delta if and only if f is the teacher's flow map.
-    F: F(z, delta) if it is known already. Three forms that agree as h, a number or (B,), goes to 0:
+    F: F(z, delta) if it is known already. Raises ValueError for any form but these three, which agree as h, a
+    number or (B,), goes to 0:
         jvp         v_G = F + delta dF/ddelta [7], by forward-mode differentiation
         difference  the same, dF/ddelta being a difference between delta - h and delta + h
         step        over the stretch from delta - h to delta: what the student says, less what one Heun step
@@ -536,9 +537,11 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     if form == "jvp":
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode derivative
             dF = torch.func.jvp(lambda d: student(z, d, y, guidance), (delta,), (torch.ones_like(delta),))[1]
-    else:
+    elif form == "difference":
         low, high = (delta - h).clamp(min=0), (delta + h).clamp(max=1)
         dF = (student(z, high, y, guidance) - student(z, low, y, guidance)) / expand(high - low)
+    else:
+        raise ValueError(f"unknown form {form}: choose from jvp, difference, step")
     return F + expand(delta) * dF - u(f, 1 - delta, y)
 
 
@@ -571,7 +574,8 @@ class Distiller(nn.Module):
         c, n = self.config, len(batch["h"])
         inputs = batch["z"], batch["delta"], batch["y"], batch.get("guidance")
         F = self.network(*inputs)  # one call for all: the samples that correct have delta = 1
-        first, rest = ([None if v is None else v[rows] for v in (F, *inputs)] for rows in (slice(n), slice(n, None)))
+        first, rest = ([None if v is None else v[rows] for v in (F, *inputs)]
+                       for rows in (slice(n), slice(n, None)))
         loss, figures, norms = 0.0, {}, self.norms.clone()
         if n:
             loss, norms[0], figures["prediction"] = self.predict(*first, batch["h"])
@@ -620,8 +624,8 @@ def make_distiller(start, config):
 def draw_prior(shape, num_classes, config, step):
     """The student's batch of a step: noise z, labels y, times. There is no data here.
 
-    delta is uniform, and 1 for the samples that correct, which come last; h (lengths of steps) is for those that
-    predict, r and n (times and noise to be put back) for those that correct.
+    delta is uniform, and 1 for the samples that correct, which come last; h (lengths of steps) is for those
+    that predict, r and n (times and noise to be put back) for those that correct.
     """
     g, c = generator(config.seed, STUDENT, step), config
 
@@ -629,8 +633,8 @@ def draw_prior(shape, num_classes, config, step):
         return torch.rand(n, generator=g)
 
     B, m = c.batch_size, c.corrections
-    y = torch.randint(max(num_classes, 1), (B,), generator=g)
-    batch = dict(z=torch.randn(B, *shape, generator=g), y=torch.where(rand(B) < c.label_dropout, num_classes, y))
+    y, z = torch.randint(max(num_classes, 1), (B,), generator=g), torch.randn(B, *shape, generator=g)
+    batch = dict(z=z, y=torch.where(rand(B) < c.label_dropout, num_classes, y))
     if c.is_guided:
         batch["guidance"] = c.guidance_min + (c.guidance_max - c.guidance_min) * rand(B)
     delta = (1 - rand(B - m)).clamp(min=1e-3)  # nearer to 0 a difference over it has no digits left
@@ -697,8 +701,8 @@ class TrainState:
 def train(module, draw, config, state=None):
     """Train module.network (and module.critic) from state.step to config.steps.
 
-    module(batch) -> scalar loss, dict of figures; draw(step) -> dict of tensors. A generator: yields (step, figures,
-    state) after every step, counted from 1; state.ema.module is the averaged network.
+    module(batch) -> scalar loss, dict of figures; draw(step) -> dict of tensors. A generator: yields (step,
+    figures, state) after every step, counted from 1; state.ema.module is the averaged network.
     Raises UserError when a loss or a gradient is not finite, before it reaches the weights.
     """
     state = state or TrainState(module, config)
@@ -711,8 +715,8 @@ def train(module, draw, config, state=None):
         loss.backward()
         norms = [nn.utils.clip_grad_norm_(n.parameters(), config.clip) for n in state.networks.values()]
         if not math.isfinite(loss.item() + sum(norms).item()):
-            raise UserError(f"step {state.step + 1}: loss {loss.item():.3g}, gradient {sum(norms).item():.3g}, "
-                            "not finite. The last checkpoint is good; start anew with a lower learning rate")
+            raise UserError(f"step {state.step + 1}: loss {loss:.3g}, gradient {sum(norms):.3g}: not finite. "
+                            "The last checkpoint is good; start anew with a lower learning rate")
         state.optimizer.step()
         state.ema.update_parameters(module.network)
         state.step += 1
@@ -879,7 +883,7 @@ def relative_error(found, truth, reference=None):
 
 
 def error_along_path(found, truth):
-    """Relative error at every delta of two paths (S, B, C, H, W): S numbers, as fractions of the last spread."""
+    """Relative error at every delta of two paths (S, B, C, H, W), over the spread at the end: S numbers."""
     return [relative_error(a, b, truth[-1]) for a, b in zip(found, truth)]
 
 
@@ -955,8 +959,8 @@ def evaluate(student, start, config, out, files, data=None):
     save_figure(plot_losses(read_log(out / "metrics.jsonl")), out / "losses.png")
     save_figure(animate_paths(path, jumps), out / "paths.gif")
     save(out / "metrics.json", lambda p: p.write_text(json.dumps(metrics, indent=1) + "\n"))
-    print(f"endpoint error {errors[-1]:.4f} of the spread; SW2 {sw2 / floor:.3f} times its floor {floor:.4f};",
-          f"1 evaluation instead of {metrics['teacher_nfe']}")
+    print(f"endpoint error {errors[-1]:.4f} of the spread; SW2 {sw2 / floor:.3f} times its floor {floor:.4f} "
+          f"in 1 evaluation instead of {metrics['teacher_nfe']}")
     for name, c in metrics.get("coverage", {}).items():
         print(f"{name:>8}: {c['outside']:6.2%} outside the toy; emptiest part {c['emptiest']:.2f} of its due")
     print(f"pictures and metrics.json are in {out}")
@@ -971,7 +975,7 @@ COLORS = {"data": "#4d4d4d", "teacher": "#2166ac", "student": "#e08214", "critic
 
 
 def panels(n, points, width):
-    """n square panels in a row that see the same part of the plane, that of nearly all points (..., 2, 1, 1)."""
+    """n square panels in a row with one view of the plane, which holds nearly all points (..., 2, 1, 1)."""
     figure, axes = plt.subplots(1, n, figsize=(width * n, width + 0.4), squeeze=False, layout="constrained")
     limit = 1.15 * points.abs().flatten().quantile(0.999).item()
     for axis in axes[0]:
@@ -994,16 +998,17 @@ def plot_samples(samples, titles=None):
 
 
 def plot_paths(teacher_path, student_path, lines=40):
-    """The teacher's paths and the student's f(z, delta) over them, (S, B, 2, 1, 1) from the same noises: the first
-    `lines` of them as lines, the teacher's other ends as a background."""
+    """The teacher's paths and the student's f(z, delta) over them, (S, B, 2, 1, 1) from the same noises: the
+    first `lines` of them, before all of the teacher's ends."""
     figure, (axis,) = panels(1, torch.cat([teacher_path[:, :lines], student_path[:, :lines]]), 7)
     axis.scatter(*plane(teacher_path[-1]), s=4, linewidths=0, color=COLORS["teacher"], alpha=0.15)
     for name, path, width, alpha in ("teacher", teacher_path, 4, 0.4), ("student", student_path, 1.2, 1):
         for i in range(min(lines, path.shape[1])):
             label = None if i else name
             axis.plot(*plane(path[:, i]), color=COLORS[name], lw=width, alpha=alpha, label=label)
-        axis.scatter(*plane(path[-1, :lines]), s=18 * width, linewidths=0, color=COLORS[name], alpha=alpha, zorder=3)
-    axis.scatter(*plane(teacher_path[0, :lines]), s=28, color="white", edgecolors="black", zorder=4, label="noise z")
+        axis.scatter(*plane(path[-1, :lines]), s=18 * width, lw=0, color=COLORS[name], alpha=alpha, zorder=3)
+    noise = plane(teacher_path[0, :lines])
+    axis.scatter(*noise, s=28, color="white", edgecolors="black", zorder=4, label="noise z")
     axis.set_title("Teacher's ODE path and student's jumps f(z, δ), same noises", fontsize=13)
     axis.legend(loc="upper left", fontsize=11, framealpha=0.9)
     return figure
@@ -1069,8 +1074,9 @@ def save_figure(figure, path):
 # ------------------------------------------------------------------------------------------------------------
 # 9. Command line
 
-STAGE_FILES = {"all": ["teacher.pt", "student.pt"], "teacher": ["teacher.pt"], "distill": ["student.pt"],
-               "sample": ["samples.npz"], "evaluate": ["metrics.json"]}
+# What a stage writes, and would replace.
+STAGE_FILES = {"all": ["teacher.pt", "student.pt"], "teacher": ["teacher.pt", "student.pt"],
+               "distill": ["student.pt"], "sample": ["samples.npz"], "evaluate": ["metrics.json"]}
 FREE = {"log_interval", "eval_interval", "checkpoint_interval"}  # may change when a run is resumed
 
 
@@ -1190,23 +1196,29 @@ def run(args):
     config = Config(**{**PRESETS.get(dataset, {}), **given})
     if args.samples < 1:
         raise UserError(f"--samples {args.samples}: give at least 1", 2)
+    reads_student = args.stage in ("sample", "evaluate")
+    if args.student and not reads_student or args.teacher and args.stage in ("teacher", "sample"):
+        wrong = "--student" if args.student and not reads_student else "--teacher"
+        raise UserError(f"{wrong}: --stage {args.stage} has no use for it, leave it away", 2)
     device, out = pick_device(args.device), pick_folder(args, dataset)
-    teacher_file = Path(args.teacher or out / "teacher.pt")
-    student_file = Path(args.student or out / "student.pt")
     for name in STAGE_FILES[args.stage]:
         if (out / name).exists() and not args.resume and not args.overwrite:
             raise UserError(f"{out / name} is there already: --resume goes on with it, --overwrite replaces "
                             "it, another --out leaves it alone", 2)
 
-    if args.stage in ("sample", "evaluate"):
+    def teacher_of(student):  # where it was, or beside the student if the folder was moved
+        recorded = Path(student["teacher"]) if student else out
+        return Path(args.teacher or (recorded if recorded.is_file() else out / "teacher.pt"))
+
+    if reads_student:
+        student_file = Path(args.student or out / "student.pt")
         checkpoint = read_checkpoint(student_file, "student")
         student = load_network(FlowMap, checkpoint, student_file, device)
         out.mkdir(parents=True, exist_ok=True)
         if args.stage == "sample":
             return write_samples(student, checkpoint["config"], out, args.samples, args.classes,
                                  args.guidance, config.seed)
-        if not teacher_file.exists():
-            teacher_file = Path(args.teacher or checkpoint["teacher"])
+        teacher_file = teacher_of(checkpoint)
         teacher = read_checkpoint(teacher_file, "teacher")
         start, config = load_network(DiT, teacher, teacher_file, device), settle(given, checkpoint["config"])
         files = {"teacher": teacher, "student": checkpoint}
@@ -1215,11 +1227,10 @@ def run(args):
     # What is there already, and the settings to which it binds us.
     resume = {kind: read_checkpoint(out / f"{kind}.pt", kind)
               if args.resume and (out / f"{kind}.pt").exists() else None for kind in ("teacher", "student")}
-    own_teacher = args.stage != "distill" and not args.teacher
+    teacher_file = teacher_of(resume["student"])
+    own_teacher = args.stage != "distill" and teacher_file.resolve() == (out / "teacher.pt").resolve()
     if resume["student"]:
         config = settle(given, resume["student"]["config"], ["steps"])
-        teacher_file = Path(args.teacher or resume["student"]["teacher"])
-        own_teacher = own_teacher and teacher_file == (out / "teacher.pt").resolve()
         if resume["student"]["step"] == config.steps and (out / "metrics.json").exists():
             return print(f"{out} is finished: a larger --steps goes on with it")
     elif resume["teacher"] and own_teacher:
@@ -1236,7 +1247,7 @@ def run(args):
         if teacher["step"] < teacher["config"].teacher_steps:
             print(f"note: the training of {teacher_file} is unfinished")
     out.mkdir(parents=True, exist_ok=True)
-    for name in ["metrics.json"] + ["metrics.jsonl"] * (own_teacher and not args.resume):
+    for name in ["metrics.json"] + ["metrics.jsonl", "student.pt"] * (own_teacher and not args.resume):
         (out / name).unlink(missing_ok=True)  # of a run that goes on or is replaced
     if own_teacher:
         teacher = train_teacher(config, out, device, resume["teacher"])

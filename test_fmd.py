@@ -904,6 +904,33 @@ def test_stages_one_by_one_equal_all_at_once(finished, tmp_path):
         assert a[key] == b[key]
 
 
+def test_overwriting_leaves_no_student_of_the_run_that_was_replaced(finished, tmp_path, monkeypatch, capsys):
+    for name in ("teacher.pt", "student.pt", "metrics.json"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    draw = fmd.draw_data
+
+    def interrupting(*args):
+        if args[-1] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return draw(*args)
+
+    monkeypatch.setattr(fmd, "draw_data", interrupting)
+    run("--out", tmp_path, "--overwrite", "--seed", "5", *TINY, status=1)
+    assert {p.name for p in tmp_path.iterdir()} == {"teacher.pt", "metrics.jsonl"}
+    monkeypatch.undo()
+    run("--out", tmp_path, "--resume")
+    run("--out", tmp_path / "fresh", "--seed", "5", *TINY)
+    assert_equal_runs(tmp_path, tmp_path / "fresh")
+
+
+def test_a_folder_that_was_moved_goes_on(finished, tmp_path):
+    run("--out", tmp_path / "a", *TINY)
+    (tmp_path / "a").rename(tmp_path / "b")
+    run("--stage", "evaluate", "--out", tmp_path / "b", "--overwrite")
+    run("--out", tmp_path / "b", "--resume", "--steps", "14")
+    assert torch.load(tmp_path / "b" / "student.pt", weights_only=True)["step"] == 14
+
+
 def test_exact_teacher_run_is_scored_against_the_closed_form(tmp_path):
     run("--toy", "gaussians", "--exact-teacher", "--out", tmp_path, *TINY)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
@@ -966,6 +993,7 @@ BAD_COMMANDS = [
     (["--correction-share", "1.5"], "--correction-share"), (["--hidden-size", "30"], "--hidden-size"),
     (["--exact-teacher"], "gaussians"), (["--exact-teacher", "--toy", "moons"], "gaussians"),
     (["--prediction", "guess"], "jvp"), (["--device", "quantum"], "--device cpu"), (["--guidance-min", "2"], "--guidance-max"),
+    (["--stage", "sample", "--teacher", "x.pt"], "--teacher"), (["--student", "x.pt"], "--student"),
     (["--seed", "-1"], "--seed"), (["--decay", "2"], "--decay"),
 ]
 
@@ -1100,6 +1128,8 @@ def test_every_setting_is_a_flag_with_help():
     for field in dataclasses.fields(fmd.Config):
         assert fmd.flag(field.name) in text and field.metadata["help"].split()[0] in text
     assert "python fmd.py --toy spirals" in text
+    with pytest.raises(ValueError, match="jvp, difference, step"):
+        fmd.prediction_gradient(GaussianMap(), gaussian_teacher(), noise(2, 2, 1, 1), times(2), form="guess")
 
 
 def test_readme_names_what_exists():
