@@ -23,7 +23,7 @@ import fmd
 
 matplotlib.use("Agg")
 torch.set_num_threads(1)  # small tensors: more threads cost more than they bring
-TINY = ["--hidden-size", "16", "--depth", "1", "--batch-size", "16", "--teacher-steps", "8", "--steps", "12",
+TINY = ["--hidden-size", "16", "--depth", "1", "--batch-size", "16", "--teacher-batch-size", "16", "--teacher-steps", "8", "--steps", "12",
         "--eval-samples", "200", "--solver-steps", "8", "--log-interval", "3", "--eval-interval", "6",
         "--checkpoint-interval", "4", "--warmup", "2", "--device", "cpu"]
 
@@ -218,7 +218,7 @@ def test_exact_teacher_generates_the_toy_it_describes():
     x = fmd.solve_ode(teacher, z[:500], 64, "rk4", y).flatten(1)
     angle = torch.tensor(3 * math.pi / 4)
     torch.testing.assert_close(x.mean(0), 1.4 * torch.stack([angle.cos(), angle.sin()]), atol=0.02, rtol=0)
-    torch.testing.assert_close(x.std(0), torch.full((2,), 0.12), atol=0.01, rtol=0)
+    torch.testing.assert_close(x.std(0), torch.full((2,), 0.15), atol=0.01, rtol=0)
 
 
 def test_guidance_is_linear_inside_its_interval_and_one_call():
@@ -530,7 +530,7 @@ def test_count_of_teacher_evaluations(settings):
 
 
 def test_draws_are_pure_and_as_described():
-    config = fmd.Config(batch_size=4000, seed=3, label_dropout=0.25)
+    config = fmd.Config(batch_size=4000, teacher_batch_size=4000, seed=3, label_dropout=0.25)
     batch, again = (fmd.draw_prior((2, 1, 1), 5, config, 7) for _ in range(2))
     assert all(torch.equal(batch[k], again[k]) for k in batch)
     assert not torch.equal(batch["z"], fmd.draw_prior((2, 1, 1), 5, config, 8)["z"])
@@ -1047,7 +1047,7 @@ def damaged(kind, finished, path):
 def test_a_teacher_that_cannot_be_used(kind, hint, finished, tmp_path, capsys):
     path = tmp_path / "teacher.pt"
     damaged(kind, finished, path)
-    line = run("--stage", "distill", "--teacher", path, "--out", tmp_path / "out", *TINY[8:], status=1, capsys=capsys)
+    line = run("--stage", "distill", "--teacher", path, "--out", tmp_path / "out", *TINY[10:], status=1, capsys=capsys)
     assert line.startswith("fmd: ") and str(path) in line and hint in line
     with pytest.raises(fmd.UserError):
         fmd.load_teacher(path)
