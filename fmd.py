@@ -193,7 +193,7 @@ TOYS = {
     "gaussians": Toy(lambda k, v: polar(1.4, k * math.pi / 4), 8, 0.15, 1),
     "moons": Toy(lambda k, v: 1.4 * half_circle(k, v), 2, 0.08, 4),
     "spirals": Toy(lambda k, v: polar(2 * (1 - 2 * k) * v[:, 0].sqrt(), 6 * v[:, 0].sqrt()), 2, 0.06, 4),
-    "rings": Toy(lambda k, v: polar(0.65 * (k + 1), 2 * math.pi * v[:, 0]), 3, 0.06, 4),
+    "rings": Toy(lambda k, v: polar(1.15, 2.1 * k) + polar(0.7, 2 * math.pi * v[:, 0]), 3, 0.06, 4),
 }
 
 
