@@ -154,7 +154,7 @@ class Config:
 # What differs from the defaults. label_dropout: a toy is scored without labels, and with one label in ten
 # dropped the unlabelled model would get a tenth of the training (README, "Differences from the paper").
 PRESETS = {"toy2d": dict(label_dropout=0.75, t_location=-0.8, teacher_steps=1700, teacher_batch_size=512,
-                         teacher_learning_rate=4e-3, steps=2400, learning_rate=8e-3)}
+                         teacher_learning_rate=4e-3, steps=2000, learning_rate=8e-3)}
 
 
 def generator(*key):
