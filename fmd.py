@@ -38,7 +38,6 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,14 +64,16 @@ class UserError(Exception):
 
 
 def option(default, help, low=-math.inf, high=math.inf, choices=None):
+    """A field of Config: default, line of help, closed range or choices."""
     return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
 
 
 def flag(name):
+    """The flag of a field of Config."""
     return "--" + name.replace("_", "-")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Every setting of a run. Raises UserError (exit status 2) for a value out of its range."""
 
@@ -174,6 +175,7 @@ TEACHER, STUDENT, NETWORK, EVALUATION, SAMPLING = range(1, 6)  # streams
 
 
 class Toy(NamedTuple):
+    """A density in the plane, of standard deviation near 1; all labels are equally likely."""
     skeleton: Callable  # labels (n,), places (n, 2) in [0, 1]^2 -> points (n, 2)
     num_classes: int
     blur: float  # standard deviation; 0: the skeleton is an area
@@ -181,10 +183,12 @@ class Toy(NamedTuple):
 
 
 def polar(radius, angle):
+    """Points (n, 2); the angle is in radians."""
     return torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
 
 
 def half_circle(k, v):
+    """The upper of two moons for label 0, the lower for label 1."""
     return (1 - 2 * k)[:, None] * (polar(1, math.pi * v[:, 0]) - torch.tensor([0.5, 0.25]))
 
 
@@ -202,7 +206,6 @@ class ToyData:
     (n, 2, 1, 1) and labels (n,). Raises UserError for a file that does not hold N x 2 finite numbers."""
 
     shape = (2, 1, 1)
-
     def __init__(self, name):
         self.toy, self.num_classes = TOYS.get(name), 0
         if self.toy:
@@ -267,6 +270,8 @@ def modulate(x, shift, scale):
 
 
 class Attention(nn.Module):
+    """Self-attention of tokens (B, T, D), with a LayerNorm of queries and keys if qk_norm."""
+
     def __init__(self, D, num_heads, qk_norm):
         super().__init__()
         self.num_heads = num_heads
@@ -284,6 +289,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and MLP on tokens x (B, T, D), shifted, scaled and gated by the conditioning c (B, D)."""
+
     def __init__(self, D, num_heads, qk_norm):
         super().__init__()
         self.attn = Attention(D, num_heads, qk_norm)
@@ -297,6 +304,8 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
+    """Tokens (B, T, D) -> patches (B, T, outputs), shifted and scaled by the conditioning c (B, D)."""
+
     def __init__(self, D, outputs):
         super().__init__()
         self.linear = nn.Linear(D, outputs)
@@ -748,6 +757,7 @@ def save(path, write):
 
 
 def versions():
+    """What the numbers of a run may depend on besides its settings."""
     return dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
 
 
@@ -947,12 +957,12 @@ def evaluate(student, start, config, out, files, data=None):
         teacher_nfe=steps * EVALUATIONS["rk4"], teacher_seconds=files["teacher"]["seconds"],
         student_seconds=files["student"]["seconds"], seed=config.seed, device=str(device),
         teacher_evaluations=evaluations_per_step(config) * files["student"]["step"],
-        threads=torch.get_num_threads(), versions=versions(), config=dataclasses.asdict(config))
+        threads=torch.get_num_threads(), versions=versions(), config=dataclasses.asdict(config),
+        error_along_path=errors)
     if data:
         sets = {"data": data.draw(n, generator(config.seed, EVALUATION, 2))[0], **sets}
     if data and data.toy:
         metrics["coverage"] = {name: coverage(data.toy, x) for name, x in sets.items()}
-    metrics["error_along_path"] = errors
     titles = {"teacher": f"teacher, {metrics['teacher_nfe']} evaluations", "student": "student, 1 evaluation"}
     save_figure(plot_samples({name: x[:4000] for name, x in sets.items()}, titles), out / "comparison.png")
     save_figure(plot_paths(path, jumps), out / "paths.png")
@@ -1075,7 +1085,6 @@ def save_figure(figure, path):
 # ------------------------------------------------------------------------------------------------------------
 # 9. Command line
 
-# What a stage writes, and would replace.
 STAGE_FILES = {"all": ["teacher.pt", "student.pt"], "teacher": ["teacher.pt", "student.pt"],
                "distill": ["student.pt"], "sample": ["samples.npz"], "evaluate": ["metrics.json"]}
 FREE = {"log_interval", "eval_interval", "checkpoint_interval"}  # may change when a run is resumed
@@ -1134,6 +1143,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser():
+    """The flags: those below, and one for every field of Config."""
     examples = "\n".join(line for line in __doc__.splitlines() if line.startswith("    python"))
     parser = Parser("fmd.py", usage="python fmd.py [flags]", allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter,

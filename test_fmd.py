@@ -1,10 +1,9 @@
 """Tests of fmd against closed forms, independent computations, and the command line as a user meets it.
 
-    python -m pytest -q test_fmd.py
+python -m pytest -q test_fmd.py
 """
 
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -24,9 +23,34 @@ import fmd
 
 matplotlib.use("Agg")
 torch.set_num_threads(1)  # small tensors: more threads cost more than they bring
-TINY = ["--hidden-size", "16", "--depth", "1", "--batch-size", "16", "--teacher-batch-size", "16", "--teacher-steps", "8", "--steps", "12",
-        "--eval-samples", "200", "--solver-steps", "8", "--log-interval", "3", "--eval-interval", "6",
-        "--checkpoint-interval", "4", "--warmup", "2", "--device", "cpu"]
+TINY = [
+    "--hidden-size",
+    "16",
+    "--depth",
+    "1",
+    "--batch-size",
+    "16",
+    "--teacher-batch-size",
+    "16",
+    "--teacher-steps",
+    "8",
+    "--steps",
+    "12",
+    "--eval-samples",
+    "200",
+    "--solver-steps",
+    "8",
+    "--log-interval",
+    "3",
+    "--eval-interval",
+    "6",
+    "--checkpoint-interval",
+    "4",
+    "--warmup",
+    "2",
+    "--device",
+    "cpu",
+]
 
 
 def images(*rows):
@@ -39,7 +63,9 @@ def noise(*shape, seed=0):
 
 
 def times(n, seed=0, low=0.05, high=0.95):
-    return low + (high - low) * torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return low + (high - low) * torch.rand(
+        n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def perturbed(network, seed=0, scale=0.3):
@@ -48,7 +74,9 @@ def perturbed(network, seed=0, scale=0.3):
     network = network.double()
     with torch.no_grad():
         for p in network.parameters():
-            p.add_(scale * torch.randn(p.shape, generator=generator, dtype=p.dtype) / max(1, p[0].numel()) ** 0.5)
+            p.add_(
+                scale * torch.randn(p.shape, generator=generator, dtype=p.dtype) / max(1, p[0].numel()) ** 0.5
+            )
     return network
 
 
@@ -91,20 +119,26 @@ def slope(t):
     return ((1 - t) * S**2 - t) / ((1 - t) ** 2 * S**2 + t**2)
 
 
-@pytest.mark.parametrize("form, h, tolerance", [("jvp", 0.1, 1e-12), ("difference", 1e-4, 1e-6), ("step", 1e-3, 1e-5)])
+@pytest.mark.parametrize(
+    "form, h, tolerance", [("jvp", 0.1, 1e-12), ("difference", 1e-4, 1e-6), ("step", 1e-3, 1e-5)]
+)
 def test_prediction_gradient_vanishes_at_the_exact_flow_map(form, h, tolerance):
     z, delta = noise(64, 2, 1, 1), times(64)
     D_G = fmd.prediction_gradient(GaussianMap(), gaussian_teacher(), z, delta, form=form, h=h)
     assert D_G.abs().max() < tolerance
 
 
-@pytest.mark.parametrize("form, h, tolerance", [("jvp", 0.1, 1e-12), ("difference", 1e-4, 1e-6), ("step", 1e-4, 1e-3)])
+@pytest.mark.parametrize(
+    "form, h, tolerance", [("jvp", 0.1, 1e-12), ("difference", 1e-4, 1e-6), ("step", 1e-4, 1e-3)]
+)
 def test_prediction_gradient_of_a_shifted_map(form, h, tolerance):
     # f = phi + delta b, and u is linear in x: D_G = b - slope(1 - delta) delta b, of the sign of b where it matters
     z, delta, b = noise(64, 2, 1, 1), times(64), 0.3
     student = GaussianMap(b)
     D_G = fmd.prediction_gradient(student, gaussian_teacher(), z, delta, form=form, h=h)
-    known = fmd.prediction_gradient(student, gaussian_teacher(), z, delta, form=form, h=h, F=student(z, delta))
+    known = fmd.prediction_gradient(
+        student, gaussian_teacher(), z, delta, form=form, h=h, F=student(z, delta)
+    )
     assert torch.equal(D_G, known) and not known.requires_grad
     expected = fmd.expand(b * (1 - slope(1 - delta) * delta)).expand_as(z)
     torch.testing.assert_close(D_G, expected, atol=tolerance, rtol=tolerance)
@@ -117,7 +151,9 @@ def test_correction_gradient_is_zero_at_the_truth_and_points_away_from_it():
     assert fmd.correction_gradient(u(x_r, r), u, x_r, r).abs().max() == 0
     D_N = fmd.correction_gradient(gaussian_teacher(b)(x_r, r), u, x_r, r)
     variance = (1 - r) ** 2 * S**2 + r**2
-    torch.testing.assert_close(D_N, fmd.expand(b * r / variance).expand_as(x_r))  # of b's sign: descent goes back
+    torch.testing.assert_close(
+        D_N, fmd.expand(b * r / variance).expand_as(x_r)
+    )  # of b's sign: descent goes back
 
 
 def test_correction_descends_the_kl_between_noised_laws():
@@ -128,7 +164,9 @@ def test_correction_descends_the_kl_between_noised_laws():
     for i in range(3):
         (slope_of_kl,) = torch.autograd.grad(((1 - r[i]) * b) ** 2 / (2 * variance[i]), b)
         x = images([0.1, 0.2])
-        D_N = fmd.correction_gradient(gaussian_teacher(0.3)(x, r[i : i + 1]), gaussian_teacher(), x, r[i : i + 1])
+        D_N = fmd.correction_gradient(
+            gaussian_teacher(0.3)(x, r[i : i + 1]), gaussian_teacher(), x, r[i : i + 1]
+        )
         torch.testing.assert_close((1 - r[i]) ** 2 / r[i] * D_N.flatten()[0], slope_of_kl)
 
 
@@ -156,7 +194,10 @@ def test_training_by_prediction_or_correction_recovers_the_gaussian():
 @pytest.mark.parametrize("method, order", [("euler", 1), ("heun", 2), ("rk4", 4)])
 def test_solver_has_its_order_of_convergence(method, order):
     z, one = noise(32, 2, 1, 1), torch.ones(32, dtype=torch.float64)
-    errors = [(fmd.solve_ode(gaussian_teacher(), z, n, method) - gaussian_flow(z, one)).abs().max().item() for n in (32, 64)]
+    errors = [
+        (fmd.solve_ode(gaussian_teacher(), z, n, method) - gaussian_flow(z, one)).abs().max().item()
+        for n in (32, 64)
+    ]
     assert abs(math.log2(errors[0] / errors[1]) - order) < 0.25
 
 
@@ -172,7 +213,9 @@ def test_solver_counts_its_evaluations_and_returns_its_path():
         calls.clear()
         path = fmd.solve_ode(u, z, 5, method, y="label", return_path=True)
         assert len(calls) == 5 * number and {y for _, y in calls} == {"label"}
-        assert calls[0][0] == 1 and min(t for t, _ in calls) == pytest.approx(0 if number > 1 else 0.2, abs=1e-12)
+        assert calls[0][0] == 1 and min(t for t, _ in calls) == pytest.approx(
+            0 if number > 1 else 0.2, abs=1e-12
+        )
         assert path.shape == (6, 4, 2, 1, 1) and torch.equal(path[0], z)
         assert torch.equal(path[-1], fmd.solve_ode(u, z, 5, method))
     with pytest.raises(ValueError):
@@ -189,7 +232,9 @@ def test_exact_teacher_against_integrals_over_the_data(label):
     # one dimension: E[x - n | x_t] by summing over x on a grid, n = (x_t - (1 - t) x) / t being then known
     means, stds = torch.tensor([[-1.0], [0.5], [1.5]]), torch.tensor([0.3, 0.15, 0.4])
     x = torch.linspace(-6, 6, 40001, dtype=torch.float64)
-    components = [torch.exp(-((x - m) ** 2) / (2 * s**2)) / s for m, s in zip(means[:, 0].double(), stds.double())]
+    components = [
+        torch.exp(-((x - m) ** 2) / (2 * s**2)) / s for m, s in zip(means[:, 0].double(), stds.double())
+    ]
     density = components[label] if label in (0, 2) else sum(components)
     teacher = fmd.ExactTeacher(means, stds)
     for t in (0.05, 0.3, 0.7, 0.99):
@@ -210,7 +255,9 @@ def test_exact_teacher_refuses_points():
 
 
 def test_exact_teacher_generates_the_toy_it_describes():
-    teacher = fmd.make_distiller(small(num_classes=8).float(), fmd.Config(toy="gaussians", exact_teacher=True)).teacher
+    teacher = fmd.make_distiller(
+        small(num_classes=8).float(), fmd.Config(toy="gaussians", exact_teacher=True)
+    ).teacher
     z = noise(2000, 2, 1, 1).float()
     x = fmd.solve_ode(teacher, z, 64, "rk4")
     found = fmd.coverage(fmd.TOYS["gaussians"], x)
@@ -232,7 +279,11 @@ def test_guidance_is_linear_inside_its_interval_and_one_call():
             calls.append(len(x))
             return network(x, t, y)
 
-    x, t, y = noise(6, 2, 1, 1), torch.tensor([0.0, 0.2, 0.5, 0.7, 0.71, 1.0]).double(), torch.tensor([0, 1, 2, 0, 1, 3])
+    x, t, y = (
+        noise(6, 2, 1, 1),
+        torch.tensor([0.0, 0.2, 0.5, 0.7, 0.71, 1.0]).double(),
+        torch.tensor([0, 1, 2, 0, 1, 3]),
+    )
     gamma = torch.tensor([2.0, 3, 4, 5, 6, 7]).double()
     with torch.no_grad():
         found = fmd.guided(Counted(), gamma, (0.2, 0.7))(x, t, y)
@@ -251,7 +302,9 @@ def test_flow_matching_is_the_mean_square_by_hand():
             return torch.full_like(x, 2.0)
 
     network = Constant()
-    batch = dict(x=images([1.0, 3.0]), n=images([-1.0, 1.0]), t=torch.tensor([0.25]).double(), y=torch.tensor([1]))
+    batch = dict(
+        x=images([1.0, 3.0]), n=images([-1.0, 1.0]), t=torch.tensor([0.25]).double(), y=torch.tensor([1])
+    )
     loss, figures = fmd.FlowMatching(network)(batch)
     torch.testing.assert_close(network.seen[0], images([0.5, 2.5]))  # a quarter of the way to the noise
     assert network.seen[1:] == (batch["t"], batch["y"])
@@ -282,7 +335,9 @@ def plain_dit(w, x, t, y, heads, depth, patch):
         for i in range(side):
             for j in range(side):
                 block = x[b, :, i * patch : (i + 1) * patch, j * patch : (j + 1) * patch]
-                tokens.append((w["x_embedder.proj.weight"] * block).sum((1, 2, 3)) + w["x_embedder.proj.bias"])
+                tokens.append(
+                    (w["x_embedder.proj.weight"] * block).sum((1, 2, 3)) + w["x_embedder.proj.bias"]
+                )
         h = torch.stack(tokens) + w["pos_embed"][0]
         for k in range(depth):
             p = f"blocks.{k}."
@@ -311,8 +366,14 @@ def plain_dit(w, x, t, y, heads, depth, patch):
     return torch.stack(outputs)
 
 
-@pytest.mark.parametrize("settings", [
-    dict(), dict(input_size=4, in_channels=3, patch_size=2), dict(input_size=4, in_channels=3, patch_size=2, qk_norm=True)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(),
+        dict(input_size=4, in_channels=3, patch_size=2),
+        dict(input_size=4, in_channels=3, patch_size=2, qk_norm=True),
+    ],
+)
 def test_network_against_a_plain_implementation(settings):
     network = small(**settings)
     x, t, y = noise(3, *network.shape), times(3), torch.tensor([0, 3, 2])
@@ -327,16 +388,24 @@ def test_names_and_number_of_parameters_are_those_of_public_files():
     network = fmd.DiT(32, 4, 1000, 384, 12, 6, 2)  # S/2
     D, names = 384, set(network.state_dict())
     block = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1"]
-    layers = [f"blocks.{i}.{b}" for i in range(12) for b in block] + ["x_embedder.proj", "t_embedder.mlp.0",
-              "t_embedder.mlp.2", "final_layer.linear", "final_layer.adaLN_modulation.1"]
+    layers = [f"blocks.{i}.{b}" for i in range(12) for b in block] + [
+        "x_embedder.proj",
+        "t_embedder.mlp.0",
+        "t_embedder.mlp.2",
+        "final_layer.linear",
+        "final_layer.adaLN_modulation.1",
+    ]
     expected = {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
     assert names == expected | {"pos_embed", "y_embedder.embedding_table.weight"}
-    per_block = (3 * D * D + 3 * D) + (D * D + D) + (4 * D * D + 4 * D) + (4 * D * D + D) + (6 * D * D + 6 * D)
+    per_block = (
+        (3 * D * D + 3 * D) + (D * D + D) + (4 * D * D + 4 * D) + (4 * D * D + D) + (6 * D * D + 6 * D)
+    )
     others = (16 * D + D) + (256 * D + D) + (D * D + D) + 1001 * D + (2 * D * D + 2 * D) + (16 * D + 16)
     assert sum(p.numel() for p in network.parameters()) == 12 * per_block + others
     assert network.pos_embed.shape == (1, 256, D)
     assert set(fmd.DiT(qk_norm=True).state_dict()) - set(fmd.DiT().state_dict()) == {
-        f"blocks.{i}.attn.{q}_norm.{part}" for i in range(3) for q in "qk" for part in ("weight", "bias")}
+        f"blocks.{i}.attn.{q}_norm.{part}" for i in range(3) for q in "qk" for part in ("weight", "bias")
+    }
 
 
 def test_position_embedding_by_its_formula():
@@ -344,8 +413,12 @@ def test_position_embedding_by_its_formula():
     row, column = 3, 2
     token = table[row * 5 + column].double()
     frequency = torch.tensor([10000 ** (-i / 4) for i in range(4)], dtype=torch.float64)
-    expected = [torch.sin(column * frequency), torch.cos(column * frequency),
-                torch.sin(row * frequency), torch.cos(row * frequency)]
+    expected = [
+        torch.sin(column * frequency),
+        torch.cos(column * frequency),
+        torch.sin(row * frequency),
+        torch.cos(row * frequency),
+    ]
     torch.testing.assert_close(token, torch.cat(expected), atol=1e-6, rtol=0)
 
 
@@ -366,13 +439,20 @@ def test_student_made_from_a_teacher_is_its_velocity():
         torch.testing.assert_close(student.map(z, delta, y), z + fmd.expand(delta) * teacher(z, 1 - delta, y))
         assert torch.equal(student.map(z, torch.zeros(5).double(), y), z)
     copy = fmd.FlowMap.from_teacher(teacher)
-    assert all(torch.equal(a, b) for a, b in zip(copy.state_dict().values(), teacher.float().state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(copy.state_dict().values(), teacher.float().state_dict().values())
+    )
 
 
 def test_guidance_input_changes_nothing_at_first_and_something_later():
     teacher = small().float()
     student = fmd.FlowMap.from_teacher(teacher, guidance=True)
-    z, delta, y, strength = torch.randn(4, 2, 1, 1), torch.rand(4), torch.tensor([0, 1, 2, 3]), torch.tensor([1.0, 2, 3, 4])
+    z, delta, y, strength = (
+        torch.randn(4, 2, 1, 1),
+        torch.rand(4),
+        torch.tensor([0, 1, 2, 3]),
+        torch.tensor([1.0, 2, 3, 4]),
+    )
     torch.testing.assert_close(student(z, delta, y, strength), teacher(z, 1 - delta, y))
     perturbed(student, 1)
     z, delta, strength = z.double(), delta.double(), strength.double()
@@ -386,7 +466,10 @@ def test_guidance_input_changes_nothing_at_first_and_something_later():
 
 
 def test_forms_of_the_prediction_converge_to_each_other():
-    student, teacher = small(fmd.FlowMap, 1, input_size=4, patch_size=2), small(seed=2, input_size=4, patch_size=2)
+    student, teacher = (
+        small(fmd.FlowMap, 1, input_size=4, patch_size=2),
+        small(seed=2, input_size=4, patch_size=2),
+    )
     z, delta, y = noise(6, 2, 4, 4), times(6, low=0.3, high=0.7), torch.tensor([0, 1, 2, 3, 0, 1])
     exact = fmd.prediction_gradient(student, teacher, z, delta, y, form="jvp")
     # the derivative, independently: reverse mode of each output
@@ -396,8 +479,13 @@ def test_forms_of_the_prediction_converge_to_each_other():
     v_G = out + fmd.expand(delta) * torch.stack(rows, 1).view_as(out)
     torch.testing.assert_close(exact, (v_G - teacher(student.map(z, delta, y), 1 - delta, y)).detach())
     for form, order in (("difference", 2), ("step", 1)):
-        gaps = [(fmd.prediction_gradient(student, teacher, z, delta, y, form=form, h=h) - exact).abs().max().item()
-                for h in (0.02, 0.01)]
+        gaps = [
+            (fmd.prediction_gradient(student, teacher, z, delta, y, form=form, h=h) - exact)
+            .abs()
+            .max()
+            .item()
+            for h in (0.02, 0.01)
+        ]
         assert abs(math.log2(gaps[0] / gaps[1]) - order) < 0.2, form
 
 
@@ -426,7 +514,12 @@ def test_gradient_of_the_prediction_is_that_of_its_equation(form):
     # [8]: half the mean square of F - sg(u - delta dF/ddelta), all of the target held fixed
     config = fmd.Config(prediction=form, decay=0.0, correction_share=0.0)
     student, teacher = small(fmd.FlowMap, 1), small(seed=2)
-    z, delta, y, h = noise(6, 2, 1, 1), times(6), torch.tensor([0, 1, 2, 3, 0, 1]), torch.full((6,), 0.04).double()
+    z, delta, y, h = (
+        noise(6, 2, 1, 1),
+        times(6),
+        torch.tensor([0, 1, 2, 3, 0, 1]),
+        torch.full((6,), 0.04).double(),
+    )
     distiller = fmd.Distiller(student, None, teacher, config)
     loss, _ = distiller(dict(z=z, delta=delta, h=h, y=y, r=delta[:0], n=z[:0]))
     F = student(z, delta, y)
@@ -456,7 +549,9 @@ def test_gradient_of_the_correction_is_that_of_its_equation():
     z, r, n, y = noise(6, 2, 1, 1), times(6), noise(6, 2, 1, 1, seed=5), torch.tensor([0, 1, 2, 3, 0, 1])
     delta, h = times(6, seed=8), torch.full((6,), 0.01).double()
     z_p, one = noise(6, 2, 1, 1, seed=9), torch.ones(6).double()
-    loss, figures = distiller(dict(z=torch.cat([z_p, z]), delta=torch.cat([delta, one]), y=torch.cat([y, y]), h=h, r=r, n=n))
+    loss, figures = distiller(
+        dict(z=torch.cat([z_p, z]), delta=torch.cat([delta, one]), y=torch.cat([y, y]), h=h, r=r, n=n)
+    )
     balance = 0.7 * 2 / (5 + config.eps)
     assert figures["lambda"].item() == pytest.approx(balance)
 
@@ -465,7 +560,9 @@ def test_gradient_of_the_correction_is_that_of_its_equation():
     x_r = (1 - r)[:, None, None, None] * x + r[:, None, None, None] * n
     D_N = (critic(x_r, r, y) - teacher(x_r, r, y)).detach()
     prediction = distiller.predict(student(z_p, delta, y), z_p, delta, y, None, h)[0]
-    assert_same_gradients(gradients(loss, student), gradients(prediction + balance * (F * D_N).mean(), student))
+    assert_same_gradients(
+        gradients(loss, student), gradients(prediction + balance * (F * D_N).mean(), student)
+    )
     critic_loss = (critic(x_r, r, y) - (x - n)).square().mean()
     assert_same_gradients(gradients(loss, critic), gradients(critic_loss, critic))
     # figures, and the norms that the next step balances with
@@ -477,10 +574,15 @@ def test_gradient_of_the_correction_is_that_of_its_equation():
 
 def test_decay_and_balance_by_hand(monkeypatch):
     # ||D_G||^2 / d = (1 + 4 + 4 + 16) / 4 = 6.25
-    D, F = torch.tensor([1.0, 2.0, -2.0, 4.0]).view(1, 4, 1, 1), torch.tensor([1.0, 1.0, 1.0, 1.0]).view(1, 4, 1, 1)
+    D, F = (
+        torch.tensor([1.0, 2.0, -2.0, 4.0]).view(1, 4, 1, 1),
+        torch.tensor([1.0, 1.0, 1.0, 1.0]).view(1, 4, 1, 1),
+    )
     monkeypatch.setattr(fmd, "prediction_gradient", lambda *a, **k: D)
     for k, scale in ((0.0, 1.0), (0.5, 1 / 2.7), (1.0, 1 / 7.29)):
-        distiller = fmd.Distiller(None, None, None, fmd.Config(prediction="jvp", decay=k, eps=1.04))  # 6.25 + 1.04 = 2.7^2
+        distiller = fmd.Distiller(
+            None, None, None, fmd.Config(prediction="jvp", decay=k, eps=1.04)
+        )  # 6.25 + 1.04 = 2.7^2
         term, norm, residual = distiller.predict(F, None, None, None, None, None)
         assert term.item() == pytest.approx(5 / 4 * scale) and norm.item() == pytest.approx(2.5 * scale)
         assert residual.item() == 6.25
@@ -489,12 +591,21 @@ def test_decay_and_balance_by_hand(monkeypatch):
     term, norm, residual = distiller.predict(F, None, torch.tensor([0.5]), None, None, torch.tensor([0.1]))
     assert norm.item() == pytest.approx(1) and residual.item() == 6.25
     distiller = fmd.Distiller(None, None, None, fmd.Config(prediction="step", decay=0.0))
-    assert distiller.predict(F, None, torch.tensor([0.5]), None, None, torch.tensor([0.1]))[1].item() == pytest.approx(0.5)
+    assert distiller.predict(F, None, torch.tensor([0.5]), None, None, torch.tensor([0.1]))[
+        1
+    ].item() == pytest.approx(0.5)
 
 
 def test_guided_distillation_asks_the_guided_teacher_and_conditions_both_networks():
-    config = fmd.Config(batch_size=16, guidance_min=1.0, guidance_max=4.0, correction_share=0.5, prediction="difference",
-                        decay=0.0, label_dropout=0.0)
+    config = fmd.Config(
+        batch_size=16,
+        guidance_min=1.0,
+        guidance_max=4.0,
+        correction_share=0.5,
+        prediction="difference",
+        decay=0.0,
+        label_dropout=0.0,
+    )
     start = small().float()
     distiller = fmd.make_distiller(start, config)
     batch = fmd.draw_prior(start.shape, start.num_classes, config, 0)
@@ -510,16 +621,26 @@ def test_guided_distillation_asks_the_guided_teacher_and_conditions_both_network
     with torch.no_grad():
         F = student(p["z"], at, y, p["guidance"])
         low, high = (at - 0.005).clamp(min=0), (at + 0.005).clamp(max=1)
-        dF = (student(p["z"], high, y, p["guidance"]) - student(p["z"], low, y, p["guidance"])) / fmd.expand(high - low)
+        dF = (student(p["z"], high, y, p["guidance"]) - student(p["z"], low, y, p["guidance"])) / fmd.expand(
+            high - low
+        )
         f, g = p["z"] + fmd.expand(at) * F, fmd.expand(p["guidance"])
         u = g * teacher(f, 1 - at, y) + (1 - g) * teacher(f, 1 - at)
         expected = (F + fmd.expand(at) * dF - u).flatten(1).square().mean()
     assert figures["prediction"].item() == pytest.approx(expected.item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("settings", [
-    dict(prediction="step"), dict(prediction="jvp"), dict(prediction="difference"), dict(correction_share=0.0),
-    dict(correction_share=1.0), dict(guidance_max=3.0)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(prediction="step"),
+        dict(prediction="jvp"),
+        dict(prediction="difference"),
+        dict(correction_share=0.0),
+        dict(correction_share=1.0),
+        dict(guidance_max=3.0),
+    ],
+)
 def test_count_of_teacher_evaluations(settings):
     config, count = fmd.Config(batch_size=16, **settings), []
     start = small().float()
@@ -535,12 +656,19 @@ def test_draws_are_pure_and_as_described():
     batch, again = (fmd.draw_prior((2, 1, 1), 5, config, 7) for _ in range(2))
     assert all(torch.equal(batch[k], again[k]) for k in batch)
     assert not torch.equal(batch["z"], fmd.draw_prior((2, 1, 1), 5, config, 8)["z"])
-    assert len(batch["h"]) == 3000 and len(batch["r"]) == 1000 and (batch["delta"][3000:] == 1).all()  # 75 % and 25 %
+    assert (
+        len(batch["h"]) == 3000 and len(batch["r"]) == 1000 and (batch["delta"][3000:] == 1).all()
+    )  # 75 % and 25 %
     assert abs((batch["y"] == 5).float().mean().item() - 0.25) < 0.03
     assert set(batch["y"].tolist()) == set(range(6))
     assert abs(batch["z"].mean()) < 0.05 and abs(batch["z"].std() - 1) < 0.05
     delta, h = batch["delta"][:3000], batch["h"]
-    assert 0 < delta.min() and delta.max() <= 1 and abs(delta.mean() - 0.5) < 0.02 and abs(delta.var() - 1 / 12) < 0.005
+    assert (
+        0 < delta.min()
+        and delta.max() <= 1
+        and abs(delta.mean() - 0.5) < 0.02
+        and abs(delta.var() - 1 / 12) < 0.005
+    )
     assert (0 < h).all() and (h <= delta).all() and 0.45 < h.max() <= config.step_size
     last = fmd.draw_prior((2, 1, 1), 5, config, config.steps)["h"]
     assert 0.045 < last.max() <= config.final_step_size + 1e-6
@@ -613,7 +741,9 @@ def test_training_stops_before_a_number_that_is_not_finite_reaches_the_weights(b
     x = [1.0, 1.0, bad, 1.0]
     seen = 0
     with pytest.raises(fmd.UserError, match="step 3.*not finite.*lower learning rate"):
-        for seen, _, _ in fmd.train(module, lambda step: dict(x=torch.full((1, 1), x[step])), fmd.Config(steps=4)):
+        for seen, _, _ in fmd.train(
+            module, lambda step: dict(x=torch.full((1, 1), x[step])), fmd.Config(steps=4)
+        ):
             pass
     assert seen == 2 and module.network.weight.isfinite().all()
 
@@ -642,7 +772,9 @@ def test_checkerboard_is_a_checkerboard():
     x, y = fmd.ToyData("checkerboard").draw(5000, fmd.generator(1))
     cell = (x.flatten(1) + 2).floor().long()
     assert cell.min() == 0 and cell.max() == 3 and set((cell.sum(1) % 2).tolist()) == {0}
-    assert len({(label, *c) for label, c in zip(y.tolist(), map(tuple, cell.tolist()))}) == 8  # a label, a cell
+    assert (
+        len({(label, *c) for label, c in zip(y.tolist(), map(tuple, cell.tolist()))}) == 8
+    )  # a label, a cell
 
 
 def test_a_toy_of_ones_own(tmp_path, capsys):
@@ -653,8 +785,13 @@ def test_a_toy_of_ones_own(tmp_path, capsys):
     assert data.num_classes == 0 and (y == 0).all() and x.shape == (100, 2, 1, 1)
     rows = {tuple(row) for row in points.astype(np.float32).tolist()}
     assert {tuple(row) for row in x.flatten(1).numpy().tolist()} <= rows
-    for name, bad in dict(shape=np.zeros((3, 3)), text=np.array([["a", "b"]]), nan=np.full((3, 2), np.nan),
-                          empty=np.zeros((0, 2)), flat=np.zeros(4)).items():
+    for name, bad in dict(
+        shape=np.zeros((3, 3)),
+        text=np.array([["a", "b"]]),
+        nan=np.full((3, 2), np.nan),
+        empty=np.zeros((0, 2)),
+        flat=np.zeros(4),
+    ).items():
         np.save(tmp_path / f"{name}.npy", bad)
         with pytest.raises(fmd.UserError):
             fmd.ToyData(str(tmp_path / f"{name}.npy"))
@@ -673,8 +810,14 @@ def test_relative_error_by_hand():
 def test_endpoint_error_of_exact_and_of_shifted_students():
     z = noise(4000, 2, 1, 1)
     assert fmd.endpoint_error(GaussianMap(), gaussian_teacher(), z) < 1e-5
-    spread = (fmd.solve_ode(gaussian_teacher(), z, 64, "rk4").flatten(1).var(0, correction=0).sum() / 2).sqrt().item()
-    assert fmd.endpoint_error(GaussianMap(0.1), gaussian_teacher(), z) == pytest.approx(0.1 / spread, rel=1e-3)
+    spread = (
+        (fmd.solve_ode(gaussian_teacher(), z, 64, "rk4").flatten(1).var(0, correction=0).sum() / 2)
+        .sqrt()
+        .item()
+    )
+    assert fmd.endpoint_error(GaussianMap(0.1), gaussian_teacher(), z) == pytest.approx(
+        0.1 / spread, rel=1e-3
+    )
     assert spread == pytest.approx(S, rel=0.05)
     truth = fmd.solve_ode(gaussian_teacher(), z, 8, "rk4", return_path=True)
     found = fmd.student_path(GaussianMap(0.1), z, 8)
@@ -727,11 +870,15 @@ def test_pictures_show_what_they_are_given():
     assert {line.get_color() for line in lines[:7]} == {fmd.COLORS["teacher"]}
     assert {line.get_color() for line in lines[7:]} == {fmd.COLORS["student"]}
     figure = fmd.plot_samples({"data": path[0], "student": other[0]})
-    np.testing.assert_allclose(figure.axes[1].collections[0].get_offsets(), other[0].flatten(1).numpy(), rtol=1e-6)
+    np.testing.assert_allclose(
+        figure.axes[1].collections[0].get_offsets(), other[0].flatten(1).numpy(), rtol=1e-6
+    )
     assert figure.axes[0].get_xlim() == figure.axes[1].get_xlim()
     figure = fmd.plot_error({"student": [0.0, 0.1, 0.3]})
     np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), [0.0, 0.1, 0.3])
-    figure = fmd.plot_losses([dict(stage="teacher", step=1, flow_matching=2.0), dict(stage="student", step=1, prediction=0.5)])
+    figure = fmd.plot_losses(
+        [dict(stage="teacher", step=1, flow_matching=2.0), dict(stage="student", step=1, prediction=0.5)]
+    )
     assert [list(line.get_ydata()) for axis in figure.axes for line in axis.lines] == [[2.0], [0.5], [], []]
     matplotlib.pyplot.close("all")
 
@@ -743,7 +890,9 @@ def test_animation_ends_on_the_samples(tmp_path):
     clouds = [axis.collections[0] for axis in animation._fig.axes]
     np.testing.assert_allclose(clouds[0].get_offsets(), path[-1].flatten(1).numpy(), rtol=1e-6)
     np.testing.assert_allclose(clouds[1].get_offsets(), other[-1].flatten(1).numpy(), rtol=1e-6)
-    assert (tmp_path / "a.gif").read_bytes()[:3] == b"GIF" and [p.name for p in tmp_path.iterdir()] == ["a.gif"]
+    assert (tmp_path / "a.gif").read_bytes()[:3] == b"GIF" and [p.name for p in tmp_path.iterdir()] == [
+        "a.gif"
+    ]
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -793,18 +942,42 @@ def finished(tmp_path_factory):
 
 def test_the_default_command_end_to_end(finished):
     assert {p.name for p in finished.iterdir()} == {
-        "teacher.pt", "student.pt", "metrics.json", "metrics.jsonl", "comparison.png", "paths.png", "error.png",
-        "losses.png", "paths.gif"}
+        "teacher.pt",
+        "student.pt",
+        "metrics.json",
+        "metrics.jsonl",
+        "comparison.png",
+        "paths.png",
+        "error.png",
+        "losses.png",
+        "paths.gif",
+    }
     metrics = json.loads((finished / "metrics.json").read_text())
-    assert {"endpoint_error", "sw2", "sw2_floor", "teacher_seconds", "student_seconds", "teacher_evaluations", "nfe", "seed",
-            "config", "versions", "coverage", "error_along_path"} <= metrics.keys()
+    assert {
+        "endpoint_error",
+        "sw2",
+        "sw2_floor",
+        "teacher_seconds",
+        "student_seconds",
+        "teacher_evaluations",
+        "nfe",
+        "seed",
+        "config",
+        "versions",
+        "coverage",
+        "error_along_path",
+    } <= metrics.keys()
     assert metrics["teacher_evaluations"] == 12 * (12 * 2 + 4) and metrics["nfe"] == 1
-    assert metrics["error_along_path"][0] == 0 and metrics["error_along_path"][-1] == metrics["endpoint_error"]
+    assert (
+        metrics["error_along_path"][0] == 0 and metrics["error_along_path"][-1] == metrics["endpoint_error"]
+    )
     assert metrics["config"]["steps"] == 12 and metrics["config"]["label_dropout"] == 0.75
     # the figures, again and from the files
     teacher, student = fmd.load_teacher(finished / "teacher.pt"), fmd.load_student(finished / "student.pt")
     z = torch.randn(2, 200, 2, 1, 1, generator=fmd.generator(0, fmd.EVALUATION, 1))
-    assert metrics["endpoint_error"] == pytest.approx(fmd.endpoint_error(student, teacher, z[0], steps=8), rel=1e-4)
+    assert metrics["endpoint_error"] == pytest.approx(
+        fmd.endpoint_error(student, teacher, z[0], steps=8), rel=1e-4
+    )
     ends = [fmd.solve_ode(teacher, noises, 8, "rk4") for noises in z]
     assert metrics["sw2_floor"] == pytest.approx(fmd.sliced_w2(*ends), rel=1e-4)
     jump = student.map(z[0], torch.ones(200)).detach()
@@ -816,13 +989,18 @@ def test_the_default_command_end_to_end(finished):
 
 
 def test_loaders_give_the_averaged_weights(finished):
-    for load, name, cls in ((fmd.load_teacher, "teacher", fmd.DiT), (fmd.load_student, "student", fmd.FlowMap)):
+    for load, name, cls in (
+        (fmd.load_teacher, "teacher", fmd.DiT),
+        (fmd.load_student, "student", fmd.FlowMap),
+    ):
         network = load(finished / f"{name}.pt")
         expected = weights(finished / f"{name}.pt", ["ema"])
         assert type(network) is cls and not any(p.requires_grad for p in network.parameters())
         assert all(torch.equal(v, expected["ema." + k]) for k, v in network.state_dict().items())
-        assert any(not torch.equal(v, expected["ema." + k[6:]])
-                   for k, v in weights(finished / f"{name}.pt", ["model"]).items())
+        assert any(
+            not torch.equal(v, expected["ema." + k[6:]])
+            for k, v in weights(finished / f"{name}.pt", ["model"]).items()
+        )
 
 
 def test_distillation_from_a_file_touches_no_data(finished, tmp_path, monkeypatch):
@@ -837,8 +1015,10 @@ def test_distillation_from_a_file_touches_no_data(finished, tmp_path, monkeypatc
         assert not (tmp_path / name / "teacher.pt").exists()
         metrics = json.loads((tmp_path / name / "metrics.json").read_text())
         assert "coverage" not in metrics
-        assert all(torch.equal(v, weights(finished / "student.pt")[k])
-                   for k, v in weights(tmp_path / name / "student.pt").items())
+        assert all(
+            torch.equal(v, weights(finished / "student.pt")[k])
+            for k, v in weights(tmp_path / name / "student.pt").items()
+        )
 
 
 @pytest.mark.parametrize("moment", ["teacher", "student"])
@@ -860,12 +1040,16 @@ def test_an_interrupted_run_resumes_to_the_same_bits(finished, tmp_path, monkeyp
     assert "--resume" in line and "--overwrite" in line
     run("--out", tmp_path, "--resume")  # the settings come from the file
     assert_equal_runs(finished, tmp_path)
-    steps = [[line["step"] for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())]
-             for out in (finished, tmp_path)]
+    steps = [
+        [line["step"] for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())]
+        for out in (finished, tmp_path)
+    ]
     assert sorted(set(steps[0])) == sorted(set(steps[1]) - {6} | {6})
     before = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
     run("--out", tmp_path, "--resume")
-    assert "is finished" in capsys.readouterr().out and before == {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    assert "is finished" in capsys.readouterr().out and before == {
+        p: p.stat().st_mtime_ns for p in tmp_path.iterdir()
+    }
 
 
 def test_a_killed_run_resumes_to_the_same_bits(finished, tmp_path):
@@ -889,7 +1073,17 @@ def test_a_killed_run_resumes_to_the_same_bits(finished, tmp_path):
 def test_a_larger_number_of_steps_goes_on(finished, tmp_path):
     for name in ("teacher.pt", "student.pt", "metrics.json", "metrics.jsonl"):
         (tmp_path / name).write_bytes((finished / name).read_bytes())
-    run("--stage", "distill", "--teacher", tmp_path / "teacher.pt", "--out", tmp_path, "--resume", "--steps", "15")
+    run(
+        "--stage",
+        "distill",
+        "--teacher",
+        tmp_path / "teacher.pt",
+        "--out",
+        tmp_path,
+        "--resume",
+        "--steps",
+        "15",
+    )
     assert torch.load(tmp_path / "student.pt", weights_only=True)["step"] == 15
     assert json.loads((tmp_path / "metrics.json").read_text())["config"]["steps"] == 15
 
@@ -939,25 +1133,46 @@ def test_exact_teacher_run_is_scored_against_the_closed_form(tmp_path):
     toy = fmd.TOYS["gaussians"]
     exact = fmd.ExactTeacher(toy.skeleton(torch.arange(8), torch.zeros(8, 2)), torch.full((8,), toy.blur))
     z = torch.randn(2, 200, 2, 1, 1, generator=fmd.generator(0, fmd.EVALUATION, 1))[0]
-    assert metrics["endpoint_error"] == pytest.approx(fmd.endpoint_error(student, exact, z, steps=8), rel=1e-4)
+    assert metrics["endpoint_error"] == pytest.approx(
+        fmd.endpoint_error(student, exact, z, steps=8), rel=1e-4
+    )
 
 
 def test_sample_stage(finished, tmp_path, capsys):
     student = finished / "student.pt"
-    run("--stage", "sample", "--student", student, "--out", tmp_path / "a", "--samples", 7, "--classes", "0,3", "--seed", 4)
+    run(
+        "--stage",
+        "sample",
+        "--student",
+        student,
+        "--out",
+        tmp_path / "a",
+        "--samples",
+        7,
+        "--classes",
+        "0,3",
+        "--seed",
+        4,
+    )
     with np.load(tmp_path / "a" / "samples.npz") as file:
         points, labels = file["arr_0"], file["arr_1"]
     assert points.shape == (7, 2) and points.dtype == np.float32
     assert labels.tolist() == [0, 3, 0, 3, 0, 3, 0] and labels.dtype == np.int64
-    x = fmd.sample(fmd.load_student(student), 7, torch.tensor(labels), generator=fmd.generator(4, fmd.SAMPLING))
+    x = fmd.sample(
+        fmd.load_student(student), 7, torch.tensor(labels), generator=fmd.generator(4, fmd.SAMPLING)
+    )
     np.testing.assert_allclose(points, x.flatten(1).numpy(), rtol=1e-5)
     assert (tmp_path / "a" / "samples.png").exists()
     run("--stage", "sample", "--student", student, "--out", tmp_path / "b", "--samples", 5)
     with np.load(tmp_path / "b" / "samples.npz") as file:
         assert file["arr_1"].tolist() == [8] * 5
-    assert "there already" in run("--stage", "sample", "--out", tmp_path / "b", "--student", student, status=2, capsys=capsys)
+    assert "there already" in run(
+        "--stage", "sample", "--out", tmp_path / "b", "--student", student, status=2, capsys=capsys
+    )
     for bad in (["--classes", "8"], ["--classes", "x"], ["--guidance", "2"], ["--samples", "0"]):
-        line = run("--stage", "sample", "--student", student, "--out", tmp_path / "c", *bad, status=2, capsys=capsys)
+        line = run(
+            "--stage", "sample", "--student", student, "--out", tmp_path / "c", *bad, status=2, capsys=capsys
+        )
         assert line.startswith(f"fmd: {bad[0]}")
     assert not (tmp_path / "c" / "samples.npz").exists()
 
@@ -966,10 +1181,24 @@ def test_a_student_trained_over_a_range_of_guidance_samples_at_any_strength_of_i
     run("--teacher", finished / "teacher.pt", "--out", tmp_path, "--guidance-max", 4, *TINY)
     points = []
     for strength in (1, 4):
-        run("--stage", "sample", "--out", tmp_path, "--classes", "1", "--guidance", strength, "--samples", 50, "--overwrite")
+        run(
+            "--stage",
+            "sample",
+            "--out",
+            tmp_path,
+            "--classes",
+            "1",
+            "--guidance",
+            strength,
+            "--samples",
+            50,
+            "--overwrite",
+        )
         points.append(np.load(tmp_path / "samples.npz")["arr_0"])
     assert np.abs(points[0] - points[1]).max() > 0
-    line = run("--stage", "sample", "--out", tmp_path, "--guidance", "5", "--overwrite", status=2, capsys=capsys)
+    line = run(
+        "--stage", "sample", "--out", tmp_path, "--guidance", "5", "--overwrite", status=2, capsys=capsys
+    )
     assert "1.0 to 4.0" in line
 
 
@@ -986,16 +1215,30 @@ def test_a_toy_of_ones_own_end_to_end(tmp_path, monkeypatch):
 
 
 BAD_COMMANDS = [
-    (["--nonsense", "1"], "nonsense"), (["--stage", "nothing"], "teacher"), (["--dataset", "nothing"], "toy2d"),
-    (["--toy", "nothing"], "checkerboard"), (["--steps", "0"], "--steps"), (["--steps", "-3"], "--steps"),
-    (["--teacher-steps", "0"], "--teacher-steps"), (["--steps", "many"], "--steps"), (["--batch-size", "1"], "--batch-size"),
-    (["--batch-size", "0"], "--batch-size"), (["--learning-rate", "nan"], "--learning-rate"),
-    (["--learning-rate", "inf"], "--learning-rate"), (["--learning-rate", "-1"], "--learning-rate"),
-    (["--correction-share", "1.5"], "--correction-share"), (["--hidden-size", "30"], "--hidden-size"),
-    (["--exact-teacher"], "gaussians"), (["--exact-teacher", "--toy", "moons"], "gaussians"),
-    (["--prediction", "guess"], "jvp"), (["--device", "quantum"], "--device cpu"), (["--guidance-min", "2"], "--guidance-max"),
-    (["--stage", "sample", "--teacher", "x.pt"], "--teacher"), (["--student", "x.pt"], "--student"),
-    (["--seed", "-1"], "--seed"), (["--decay", "2"], "--decay"),
+    (["--nonsense", "1"], "nonsense"),
+    (["--stage", "nothing"], "teacher"),
+    (["--dataset", "nothing"], "toy2d"),
+    (["--toy", "nothing"], "checkerboard"),
+    (["--steps", "0"], "--steps"),
+    (["--steps", "-3"], "--steps"),
+    (["--teacher-steps", "0"], "--teacher-steps"),
+    (["--steps", "many"], "--steps"),
+    (["--batch-size", "1"], "--batch-size"),
+    (["--batch-size", "0"], "--batch-size"),
+    (["--learning-rate", "nan"], "--learning-rate"),
+    (["--learning-rate", "inf"], "--learning-rate"),
+    (["--learning-rate", "-1"], "--learning-rate"),
+    (["--correction-share", "1.5"], "--correction-share"),
+    (["--hidden-size", "30"], "--hidden-size"),
+    (["--exact-teacher"], "gaussians"),
+    (["--exact-teacher", "--toy", "moons"], "gaussians"),
+    (["--prediction", "guess"], "jvp"),
+    (["--device", "quantum"], "--device cpu"),
+    (["--guidance-min", "2"], "--guidance-max"),
+    (["--stage", "sample", "--teacher", "x.pt"], "--teacher"),
+    (["--student", "x.pt"], "--student"),
+    (["--seed", "-1"], "--seed"),
+    (["--decay", "2"], "--decay"),
 ]
 
 
@@ -1041,14 +1284,36 @@ def damaged(kind, finished, path):
         torch.save({**checkpoint, "config": {**checkpoint["config"], "colour": "red"}}, path)
 
 
-@pytest.mark.parametrize("kind, hint", [
-    ("missing", "there is no"), ("empty", "cannot be read"), ("truncated", "cannot be read"), ("text", "pickled"),
-    ("state dict", "not a teacher"), ("list", "not a teacher"), ("student", "not a teacher"), ("pickled", "pickled"),
-    ("shapes", "blocks.0.adaLN_modulation.1.weight"), ("names", "blocks.0.attn.proj.bias, blocks.7.attn.proj.bias"), ("settings", "colour")])
+@pytest.mark.parametrize(
+    "kind, hint",
+    [
+        ("missing", "there is no"),
+        ("empty", "cannot be read"),
+        ("truncated", "cannot be read"),
+        ("text", "pickled"),
+        ("state dict", "not a teacher"),
+        ("list", "not a teacher"),
+        ("student", "not a teacher"),
+        ("pickled", "pickled"),
+        ("shapes", "blocks.0.adaLN_modulation.1.weight"),
+        ("names", "blocks.0.attn.proj.bias, blocks.7.attn.proj.bias"),
+        ("settings", "colour"),
+    ],
+)
 def test_a_teacher_that_cannot_be_used(kind, hint, finished, tmp_path, capsys):
     path = tmp_path / "teacher.pt"
     damaged(kind, finished, path)
-    line = run("--stage", "distill", "--teacher", path, "--out", tmp_path / "out", *TINY[10:], status=1, capsys=capsys)
+    line = run(
+        "--stage",
+        "distill",
+        "--teacher",
+        path,
+        "--out",
+        tmp_path / "out",
+        *TINY[10:],
+        status=1,
+        capsys=capsys,
+    )
     assert line.startswith("fmd: ") and str(path) in line and hint in line
     with pytest.raises(fmd.UserError):
         fmd.load_teacher(path)
@@ -1082,15 +1347,32 @@ def test_a_full_disk_leaves_the_last_checkpoint(finished, tmp_path, monkeypatch,
 def test_other_settings_are_refused_by_resume_and_named(finished, tmp_path, capsys):
     for name in ("teacher.pt", "student.pt"):
         (tmp_path / name).write_bytes((finished / name).read_bytes())
-    for args in (["--alpha", "0.7"], ["--seed", "1"], ["--toy", "moons"], ["--steps", "5"], ["--teacher-steps", "9"]):
+    for args in (
+        ["--alpha", "0.7"],
+        ["--seed", "1"],
+        ["--toy", "moons"],
+        ["--steps", "5"],
+        ["--teacher-steps", "9"],
+    ):
         line = run("--out", tmp_path, "--resume", *args, status=2, capsys=capsys)
         assert line.startswith(f"fmd: {args[0]} {args[1]} contradicts")
     run("--out", tmp_path, "--resume", "--log-interval", "1", "--checkpoint-interval", "2")
-    line = run("--teacher", finished / "teacher.pt", "--toy", "moons", "--out", tmp_path / "x", status=2, capsys=capsys)
+    line = run(
+        "--teacher",
+        finished / "teacher.pt",
+        "--toy",
+        "moons",
+        "--out",
+        tmp_path / "x",
+        status=2,
+        capsys=capsys,
+    )
     assert "--toy moons contradicts checkerboard" in line
 
 
-def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(finished, tmp_path, monkeypatch, capsys):
+def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(
+    finished, tmp_path, monkeypatch, capsys
+):
     draw = fmd.draw_prior
 
     def poisoned(shape, num_classes, config, step):
@@ -1109,8 +1391,12 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(finis
 def test_an_interrupt_while_measuring_and_an_unexpected_error(finished, tmp_path, monkeypatch, capsys):
     for name in ("teacher.pt", "student.pt"):
         (tmp_path / name).write_bytes((finished / name).read_bytes())
-    for error, hint in ((KeyboardInterrupt(), "--resume goes on"), (RuntimeError("CUDA out of memory"), "--batch-size"),
-                        (ZeroDivisionError("odd\nthing"), "ZeroDivisionError: odd thing (--debug shows where)")):
+    for error, hint in (
+        (KeyboardInterrupt(), "--resume goes on"),
+        (RuntimeError("CUDA out of memory"), "--batch-size"),
+        (ZeroDivisionError("odd\nthing"), "ZeroDivisionError: odd thing (--debug shows where)"),
+    ):
+
         def fail(*args, error=error, **kwargs):
             raise error
 
