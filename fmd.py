@@ -206,6 +206,7 @@ class ToyData:
     (n, 2, 1, 1) and labels (n,). Raises UserError for a file that does not hold N x 2 finite numbers."""
 
     shape = (2, 1, 1)
+
     def __init__(self, name):
         self.toy, self.num_classes = TOYS.get(name), 0
         if self.toy:
