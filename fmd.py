@@ -582,18 +582,18 @@ class Distiller(nn.Module):
         self.register_buffer("norms", torch.zeros(2))
 
     def forward(self, batch):
-        c, n = self.config, len(batch["h"])
+        c, split = self.config, len(batch["h"])
         inputs = batch["z"], batch["delta"], batch["y"], batch.get("guidance")
         F = self.network(*inputs)  # one call for all: the samples that correct have delta = 1
         first, rest = ([None if v is None else v[rows] for v in (F, *inputs)]
-                       for rows in (slice(n), slice(n, None)))
+                       for rows in (slice(split), slice(split, None)))
         loss, figures, norms = 0.0, {}, self.norms.clone()
-        if n:
+        if split:
             loss, norms[0], figures["prediction"] = self.predict(*first, batch["h"])
         if len(batch["r"]):
             correction, critic, norms[1], figures["correction"] = self.correct(*rest, batch["r"], batch["n"])
             balance = c.alpha * self.norms[0] / (self.norms[1] + c.eps)  # lambda
-            if not n:
+            if not split:
                 balance = torch.tensor(c.alpha)  # nothing to be balanced with
             loss = loss + balance * correction + critic
             figures.update({"critic": critic.detach(), "lambda": balance})
@@ -724,7 +724,7 @@ def train(module, draw, config, state=None):
         loss, figures = module({k: v.to(device) for k, v in draw(state.step).items()})
         state.optimizer.zero_grad()
         loss.backward()
-        norms = [nn.utils.clip_grad_norm_(n.parameters(), config.clip) for n in state.networks.values()]
+        norms = [nn.utils.clip_grad_norm_(net.parameters(), config.clip) for net in state.networks.values()]
         if not math.isfinite(loss.item() + sum(norms).item()):
             raise UserError(f"step {state.step + 1}: loss {loss:.3g}, gradient {sum(norms):.3g}: not finite. "
                             "The last checkpoint is good; start anew with a lower learning rate")
