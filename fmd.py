@@ -26,6 +26,7 @@ Read on from the top. Section 5 is the paper; the rest makes it run.
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import functools
 import json
@@ -49,8 +50,11 @@ import torch.nn.functional as nnf  # not F: that is the student's average veloci
 from matplotlib.animation import FuncAnimation, PillowWriter
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
+
+
+# What the numbers of a run may depend on besides its settings.
+VERSIONS = dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
 
 
 class UserError(Exception):
@@ -59,7 +63,6 @@ class UserError(Exception):
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. Configuration
-#
 # One dataclass holds every setting, with its range and a line of help; the command line is made from it.
 
 
@@ -88,33 +91,38 @@ class Config:
     num_heads: int = option(1, "attention heads", 1)
     patch_size: int = option(1, "side of a token, in pixels", 1)
     # both stages
-    warmup: int = option(100, "steps in which the learning rate rises; then it falls along a cosine to 0", 0)
+    group_size: int = option(1, "samples that share time and label; their conditioning is computed once", 1)
+    optimizer: str = option("adamw", "of the MLPs' matrices; AdamW has the rest", choices=["adamw", "muon"])
+    warmup: int = option(100, "steps in which the learning rate rises; then it falls linearly to 0", 0)
     ema_decay: float = option(0.995, "of the average of the weights, which is what is kept and scored", 0, 1)
     clip: float = option(1.0, "largest gradient norm, of each network by itself", 1e-12)
     label_dropout: float = option(0.1, "share of labels replaced by the null label", 0, 1)
     # teacher: flow matching
     teacher_steps: int = option(3000, "training steps of the teacher", 1)
     teacher_batch_size: int = option(256, "samples a step of the teacher", 1)
-    teacher_learning_rate: float = option(1e-4, "AdamW, peak", 0)
+    teacher_learning_rate: float = option(1e-4, "peak", 0)
     t_location: float = option(0.0, "t = sigmoid(N(t_location, 1)); a lower one trains nearer to the data")
     # student: prediction [7, 8, 9]
+    method: str = option("prior", "regression: a rival that learns pairs of noise and the teacher's endpoint",
+                         choices=["prior", "regression"])
     steps: int = option(3000, "training steps of the student", 1)
     batch_size: int = option(256, "samples a step of the student", 1)
-    learning_rate: float = option(1e-4, "AdamW, peak, for student and critic", 0)
+    learning_rate: float = option(1e-4, "peak", 0)
     prediction: str = option("step", "form of the derivative", choices=["step", "jvp", "difference"])
-    step_size: float = option(0.5, "longest teacher step of the form 'step', at the start", 1e-4, 1)
-    final_step_size: float = option(0.05, "the same at the end; it shrinks geometrically", 1e-4, 1)
+    step_size: float = option(0.25, "longest teacher step of the form 'step'", 1e-4, 1)
     difference_size: float = option(0.005, "half-width of the form 'difference'", 1e-5, 0.5)
     decay: float = option(0.5, "k: D_G is divided by (||D_G||^2/d + eps)^k", 0, 1)
     eps: float = option(1e-3, "keeps decay and balance away from dividing by 0", 1e-12)
     # student: correction [10, 11]
     correction_share: float = option(0.25, "of the batch; 0: predict only, 1: correct only", 0, 1)
-    alpha: float = option(0.1, "size of the correction's gradient over the prediction's", 0)
+    alpha: float = option(0.3, "lambda is alpha E||D_G|| / E||D_N||", 0)
+    critic_learning_rate: float = option(1e-4, "peak; the critic has to keep up with the student", 0)
     r_location: float = option(0.8, "r = sigmoid(N(r_location, r_scale^2)), in the correction")
     r_scale: float = option(1.0, "see r_location", 0)
     guidance_min: float = option(1.0, "the student is trained for guidance strengths from here", 0)
     guidance_max: float = option(1.0, "... to here; both 1: no guidance", 0)
     # measuring and keeping
+    threads: int = option(0, "of the CPU, at most; 0: as many as torch takes", 0)
     solver_steps: int = option(64, "RK4 steps to the teacher's endpoints", 1)
     eval_samples: int = option(20000, "samples behind the figures of metrics.json", 2)
     log_interval: int = option(50, "steps between lines of metrics.jsonl", 1)
@@ -138,14 +146,17 @@ class Config:
              f"--exact-teacher: only --toy gaussians has a closed form, {self.toy} has none")
         need(self.hidden_size % (4 * self.num_heads) == 0,
              f"--hidden-size {self.hidden_size}: give a multiple of 4 x --num-heads {self.num_heads}")
+        for name in "batch_size", "teacher_batch_size":
+            need(getattr(self, name) % self.group_size == 0,
+                 f"{flag(name)} {getattr(self, name)}: give a multiple of --group-size {self.group_size}")
         need(self.correction_share in (0, 1) or 0 < self.corrections < self.batch_size,
              f"--batch-size {self.batch_size} cannot be split by --correction-share {self.correction_share}")
         need(self.guidance_min <= self.guidance_max, "--guidance-min is above --guidance-max: exchange them")
 
     @property
     def corrections(self):
-        """How many samples of a batch go to the correction."""
-        return round(self.batch_size * self.correction_share)
+        """How many samples of a batch go to the correction: whole groups."""
+        return round(self.batch_size * self.correction_share / self.group_size) * self.group_size
 
     @property
     def is_guided(self):
@@ -154,8 +165,9 @@ class Config:
 
 # What differs from the defaults. label_dropout: a toy is scored without labels, and with one label in ten
 # dropped the unlabelled model would get a tenth of the training (README, "Differences from the paper").
-PRESETS = {"toy2d": dict(label_dropout=0.75, t_location=-0.8, teacher_steps=1700, teacher_batch_size=512,
-                         teacher_learning_rate=4e-3, steps=2000, learning_rate=8e-3)}
+PRESETS = {"toy2d": dict(label_dropout=0.75, t_location=-0.8, group_size=8, optimizer="muon", threads=2,
+                         teacher_steps=1000, teacher_batch_size=512, teacher_learning_rate=8e-3,
+                         steps=1500, learning_rate=8e-3, critic_learning_rate=1.6e-2)}
 
 
 def generator(*key):
@@ -164,12 +176,11 @@ def generator(*key):
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
-TEACHER, STUDENT, NETWORK, EVALUATION, SAMPLING = range(1, 6)  # streams
+TEACHER, STUDENT, NETWORK, EVALUATION, SAMPLING, PAIRS = range(1, 7)  # streams
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 2. Data
-#
 # A toy is a skeleton and some blur: pick a label, then a place v on its skeleton, a curve, a cell or a point.
 # The skeleton also tells which samples lie outside the toy, and in which of its parts the others are.
 
@@ -187,15 +198,11 @@ def polar(radius, angle):
     return torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
 
 
-def half_circle(k, v):
-    """The upper of two moons for label 0, the lower for label 1."""
-    return (1 - 2 * k)[:, None] * (polar(1, math.pi * v[:, 0]) - torch.tensor([0.5, 0.25]))
-
-
 TOYS = {
     "checkerboard": Toy(lambda k, v: torch.stack([2 * (k % 2) + k // 2 % 2, k // 2], 1) - 2 + v, 8, 0.0, 1),
     "gaussians": Toy(lambda k, v: polar(1.4, k * math.pi / 4), 8, 0.15, 1),
-    "moons": Toy(lambda k, v: 1.4 * half_circle(k, v), 2, 0.08, 4),
+    "moons": Toy(lambda k, v: (1 - 2 * k)[:, None] * (polar(1.4, math.pi * v[:, 0]) - torch.tensor(
+        [0.7, 0.35])), 2, 0.08, 4),
     "spirals": Toy(lambda k, v: polar(2 * (1 - 2 * k) * v[:, 0].sqrt(), 6 * v[:, 0].sqrt()), 2, 0.06, 4),
     "rings": Toy(lambda k, v: polar(1.15, 2.1 * k) + polar(0.7, 2 * math.pi * v[:, 0]), 3, 0.06, 4),
 }
@@ -203,7 +210,8 @@ TOYS = {
 
 class ToyData:
     """One of TOYS, or the rows of an .npy file, which have no labels. draw(n, generator) gives points
-    (n, 2, 1, 1) and labels (n,). Raises UserError for a file that does not hold N x 2 finite numbers."""
+    (n, 2, 1, 1) and labels, one for every `group` points in a row. Raises UserError for a file that does not
+    hold N x 2 finite numbers."""
 
     shape = (2, 1, 1)
 
@@ -223,25 +231,23 @@ class ToyData:
         print(f"{name}: {len(points)} points, standard deviation {points.std():.2f}; near 1 learns best")
         self.points = torch.as_tensor(points, dtype=torch.float32)
 
-    def draw(self, n, generator):
+    def draw(self, n, generator, group=1):
+        y = torch.randint(max(self.num_classes, 1), (n // group,), generator=generator)
         if self.toy is None:
-            chosen = torch.randint(len(self.points), (n,), generator=generator)
-            return self.points[chosen, :, None, None], torch.zeros_like(chosen)
-        y = torch.randint(self.num_classes, (n,), generator=generator)
-        x = self.toy.skeleton(y, torch.rand(n, 2, generator=generator))
+            return self.points[torch.randint(len(self.points), (n,), generator=generator), :, None, None], y
+        x = self.toy.skeleton(y.repeat_interleave(group), torch.rand(n, 2, generator=generator))
         return (x + self.toy.blur * torch.randn(n, 2, generator=generator))[:, :, None, None], y
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 3. Network
-#
 # The diffusion transformer (DiT, arXiv 2212.09748), with the tensor names of public DiT, SiT and REPA code.
 # A point is one token, over which attention is a linear map: the same network serves toys and pictures.
 
 
-def expand(v):
-    """(B,) -> (B, 1, 1, 1), to multiply images."""
-    return v[:, None, None, None]
+def expand(v, x):
+    """Numbers of groups, (G,), to multiply images x (B, C, H, W) that lie group by group: (B, 1, 1, 1)."""
+    return v.repeat_interleave(len(x) // len(v))[:, None, None, None]
 
 
 def named(**layers):
@@ -280,13 +286,13 @@ class Attention(nn.Module):
         self.q_norm = nn.LayerNorm(D // num_heads) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(D // num_heads) if qk_norm else nn.Identity()
 
-    def forward(self, x):
-        B, T, D = x.shape
+    def forward(self, x, T):
+        G, _, D = x.shape
         if T == 1:  # a token that attends to itself alone is its value
             return self.proj(nnf.linear(x, self.qkv.weight[2 * D:], self.qkv.bias[2 * D:]))
-        q, k, v = self.qkv(x).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, T, d)
-        x = nnf.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
-        return self.proj(x.transpose(1, 2).reshape(B, T, D))
+        q, k, v = self.qkv(x).view(-1, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        x = nnf.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)  # (B, heads, T, d)
+        return self.proj(x.transpose(1, 2).reshape(G, -1, D))
 
 
 class Block(nn.Module):
@@ -298,9 +304,9 @@ class Block(nn.Module):
         self.mlp = named(fc1=nn.Linear(D, 4 * D), act=nn.GELU("tanh"), fc2=nn.Linear(4 * D, D))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
 
-    def forward(self, x, c):
+    def forward(self, x, c, T):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c)[:, None].chunk(6, 2)
-        x = x + gate_a * self.attn(modulate(x, shift_a, scale_a))  # shifts, scales and gates are (B, 1, D)
+        x = x + gate_a * self.attn(modulate(x, shift_a, scale_a), T)  # shifts, scales, gates are (G, 1, D)
         return x + gate_m * self.mlp(modulate(x, shift_m, scale_m))
 
 
@@ -379,22 +385,22 @@ class DiT(nn.Module):
         x = x.reshape(-1, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(len(x), -1, C * p * p)
         proj = self.x_embedder.proj  # a convolution by name and shape, a matrix by what it does
         x = nnf.linear(x, proj.weight.flatten(1), proj.bias) + self.pos_embed  # (B, T, D), tokens row by row
+        T, x = x.shape[1], x.reshape(len(c), -1, x.shape[2])  # (G, B / G * T, D): one conditioning a group
         for block in self.blocks:
-            x = block(x, c)
+            x = block(x, c, T)
         x = self.final_layer(x, c).view(-1, H // p, W // p, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, C, H, W)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 4. Teacher
-#
 # A teacher is anything that can be called as u(x, t, y=None): a network trained by flow matching, the closed
 # form, or either of them under guidance.
 
 
 def noised(x, n, t):
     """The interpolant I_t(x, n) = (1 - t) x + t n."""
-    return expand(1 - t) * x + expand(t) * n
+    return expand(1 - t, x) * x + expand(t, x) * n
 
 
 class FlowMatching(nn.Module):
@@ -412,10 +418,10 @@ class FlowMatching(nn.Module):
 
 def draw_data(data, config, step):
     """The teacher's batch of a step: data, noise, times, and labels of which some are dropped."""
-    g, n = generator(config.seed, TEACHER, step), config.teacher_batch_size
-    x, y = data.draw(n, g)
-    y = torch.where(torch.rand(n, generator=g) < config.label_dropout, data.num_classes, y)
-    t = torch.sigmoid(config.t_location + torch.randn(n, generator=g))
+    g = generator(config.seed, TEACHER, step)
+    x, y = data.draw(config.teacher_batch_size, g, config.group_size)
+    y = torch.where(torch.rand(len(y), generator=g) < config.label_dropout, data.num_classes, y)
+    t = torch.sigmoid(config.t_location + torch.randn(len(y), generator=g))
     return dict(x=x, y=y, t=t, n=torch.randn(x.shape, generator=g))
 
 
@@ -435,13 +441,14 @@ class ExactTeacher(nn.Module):
             raise ValueError("ExactTeacher needs means (K, d) and K positive standard deviations")
 
     def forward(self, x, t, y=None):
-        t = t.expand(len(x))[:, None]  # (B, 1)
+        t = t.repeat_interleave(len(x) // len(t))[:, None]  # (B, 1)
         variance = (1 - t) ** 2 * self.stds**2 + t**2  # (B, K)
         offset = x.flatten(1)[:, None] - (1 - t)[..., None] * self.means  # (B, K, d)
         log_weight = -offset.square().sum(2) / (2 * variance) - offset.shape[2] / 2 * variance.log()
         if y is not None:
             k = torch.arange(self.num_classes, device=y.device)
-            allowed = (y[:, None] == k) | (y[:, None] == self.num_classes)
+            y = y.repeat_interleave(len(x) // len(y))[:, None]
+            allowed = (y == k) | (y == self.num_classes)
             log_weight = log_weight.masked_fill(~allowed, -math.inf)
         slope = ((1 - t) * self.stds**2 - t) / variance  # E[x - n | x_t, k] = mu_k + slope offset
         velocity = self.means + slope[..., None] * offset  # (B, K, d)
@@ -451,16 +458,19 @@ class ExactTeacher(nn.Module):
 def guided(teacher, guidance, interval=(0.0, 1.0)):
     """Classifier-free guidance as another teacher, gamma u(.|y) + (1 - gamma) u(.|null).
 
-    guidance: gamma, a number or (B,); it acts for t in the closed interval. One call of twice the batch.
+    guidance: gamma, a number, (B,), or None for the teacher itself; it acts for t in the closed interval. One
+    call of twice the batch.
     """
+    if guidance is None:
+        return teacher
 
     def u(x, t, y=None):
         if y is None:
             return teacher(x, t)  # both halves are the null label's
-        t, null = t.expand(len(x)), torch.full_like(y, teacher.num_classes)
+        t, null = t.expand(len(y)), torch.full_like(y, teacher.num_classes)
         with_label, without = teacher(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).chunk(2)
         gamma = torch.where((interval[0] <= t) & (t <= interval[1]), guidance, 1.0)
-        return without + expand(gamma) * (with_label - without)
+        return without + expand(gamma, x) * (with_label - without)
 
     return u
 
@@ -472,15 +482,15 @@ def ode_step(u, x, t, h, method="heun", y=None):
     """One step of dx/d(delta) = u from time t to t - h. t, h: (B,) or (1,). Raises ValueError."""
     k1 = u(x, t, y)
     if method == "euler":
-        return x + expand(h) * k1
+        return x + expand(h, x) * k1
     if method == "heun":
-        k2 = u(x + expand(h) * k1, t - h, y)
-        return x + expand(h) / 2 * (k1 + k2)
+        k2 = u(x + expand(h, x) * k1, t - h, y)
+        return x + expand(h, x) / 2 * (k1 + k2)
     if method == "rk4":
-        k2 = u(x + expand(h) / 2 * k1, t - h / 2, y)
-        k3 = u(x + expand(h) / 2 * k2, t - h / 2, y)
-        k4 = u(x + expand(h) * k3, t - h, y)
-        return x + expand(h) / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+        k2 = u(x + expand(h, x) / 2 * k1, t - h / 2, y)
+        k3 = u(x + expand(h, x) / 2 * k2, t - h / 2, y)
+        k4 = u(x + expand(h, x) * k3, t - h, y)
+        return x + expand(h, x) / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
     raise ValueError(f"unknown method {method}: choose from {', '.join(EVALUATIONS)}")
 
 
@@ -502,7 +512,6 @@ def solve_ode(u, z, steps, method="heun", y=None, return_path=False):
 
 # ------------------------------------------------------------------------------------------------------------
 # 5. Distillation
-#
 # The paper. A student f(z, delta) = z + delta F(z, delta) is to become the teacher's flow map from the prior.
 # Two velocities of it are compared with the teacher's u: the generating velocity, d f / d delta (prediction),
 # and the noising velocity, that of its own samples with noise put back (correction). Both begin with
@@ -520,7 +529,7 @@ class FlowMap(DiT):
 
     def map(self, z, delta, y=None, guidance=None):
         """f(z, delta) = z + delta F(z, delta); f(z, 0) = z whatever the weights."""
-        return z + expand(delta) * self(z, delta, y, guidance)
+        return z + expand(delta, z) * self(z, delta, y, guidance)
 
 
 def squared_norm(D):
@@ -537,23 +546,23 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     number or (B,), goes to 0:
         jvp         v_G = F + delta dF/ddelta [7], by forward-mode differentiation
         difference  the same, dF/ddelta being a difference between delta - h and delta + h
-        step        over the stretch from delta - h to delta: what the student says, less what one Heun step
+        step        over the stretch from delta - h to delta: what the student says, less what one RK4 step
                     of the teacher makes of the student's own f(z, delta - h)
     """
     F = student(z, delta, y, guidance) if F is None else F
-    f, h = z + expand(delta) * F, torch.as_tensor(h, device=z.device).expand_as(delta)
+    f, h = z + expand(delta, z) * F, torch.as_tensor(h, device=z.device).expand_as(delta)
     if form == "step":
         start = student.map(z, delta - h, y, guidance)
-        return (f - ode_step(u, start, 1 - delta + h, h, "heun", y)) / expand(h)
+        return (f - ode_step(u, start, 1 - delta + h, h, "rk4", y)) / expand(h, z)
     if form == "jvp":
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode derivative
             dF = torch.func.jvp(lambda d: student(z, d, y, guidance), (delta,), (torch.ones_like(delta),))[1]
     elif form == "difference":
         low, high = (delta - h).clamp(min=0), (delta + h).clamp(max=1)
-        dF = (student(z, high, y, guidance) - student(z, low, y, guidance)) / expand(high - low)
+        dF = (student(z, high, y, guidance) - student(z, low, y, guidance)) / expand(high - low, z)
     else:
         raise ValueError(f"unknown form {form}: choose from jvp, difference, step")
-    return F + expand(delta) * dF - u(f, 1 - delta, y)
+    return F + expand(delta, z) * dF - u(f, 1 - delta, y)
 
 
 @torch.no_grad()
@@ -566,6 +575,11 @@ def correction_gradient(v_N, u, x_r, r, y=None):
     return v_N - u(x_r, r, y)
 
 
+def decayed(D, config):
+    """D / (||D||^2 / d + eps)^k, sample by sample."""
+    return D / expand((squared_norm(D) + config.eps) ** config.decay, D)
+
+
 class Distiller(nn.Module):
     """Prediction, correction and the critic's own loss as one scalar. forward(batch) -> loss, figures.
 
@@ -576,17 +590,15 @@ class Distiller(nn.Module):
     def __init__(self, student, critic, teacher, config):
         super().__init__()
         self.network, self.critic, self.teacher, self.config = student, critic, teacher, config
-        if isinstance(teacher, nn.Module):
-            teacher.requires_grad_(False)
         # E||D_G||, E||D_N|| of the step before: the same lambda however a batch is spread over machines
         self.register_buffer("norms", torch.zeros(2))
 
     def forward(self, batch):
-        c, split = self.config, len(batch["h"])
+        c, split = self.config, len(batch["h"])  # of the groups, the first `split` predict
         inputs = batch["z"], batch["delta"], batch["y"], batch.get("guidance")
         F = self.network(*inputs)  # one call for all: the samples that correct have delta = 1
-        first, rest = ([None if v is None else v[rows] for v in (F, *inputs)]
-                       for rows in (slice(split), slice(split, None)))
+        first, rest = ([v if v is None else v.tensor_split([split * len(v) // len(batch["delta"])])[half]
+                        for v in (F, *inputs)] for half in (0, 1))
         loss, figures, norms = 0.0, {}, self.norms.clone()
         if split:
             loss, norms[0], figures["prediction"] = self.predict(*first, batch["h"])
@@ -600,74 +612,111 @@ class Distiller(nn.Module):
         self.norms.copy_(norms)
         return loss, figures
 
-    def u(self, guidance):
-        return self.teacher if guidance is None else guided(self.teacher, guidance)
-
     def predict(self, F, z, delta, y, guidance, h):
-        c = self.config
-        D_G = prediction_gradient(self.network, self.u(guidance), z, delta, y, guidance, c.prediction, h, F)
-        residual = squared_norm(D_G).mean()
+        c, u = self.config, guided(self.teacher, guidance)
+        D_G = prediction_gradient(self.network, u, z, delta, y, guidance, c.prediction, h, F)
+        size = squared_norm(D_G)
         if c.prediction == "step":
-            D_G = expand(h / delta) * D_G  # F less the average velocity to where the teacher's step ends
-        D_G = D_G / expand((squared_norm(D_G) + c.eps) ** c.decay)
-        return (F * D_G).mean(), squared_norm(D_G).sqrt().mean(), residual
+            D_G = expand(h / delta, D_G) * D_G  # F less the average velocity to where the teacher's step ends
+        return (F * decayed(D_G, c)).mean(), size.sqrt().mean(), size.mean()
 
     def correct(self, F, z, delta, y, guidance, r, n):
         x = (z + F).detach()  # f(z, 1), the student's samples
         x_r = noised(x, n, r)
         v_N = self.critic(x_r, r, y, guidance)
         critic = (v_N - (x - n)).square().mean()  # flow matching, on the student's samples
-        D_N = correction_gradient(v_N, self.u(guidance), x_r, r, y)
+        D_N = correction_gradient(v_N, guided(self.teacher, guidance), x_r, r, y)
         return (F * D_N).mean(), critic, squared_norm(D_N).sqrt().mean(), squared_norm(D_N).mean()
 
 
+def make_teacher(start, config):
+    """What is distilled: the network `start`, or the closed form of its toy."""
+    if not config.exact_teacher:
+        return start
+    toy = TOYS[config.toy]
+    k = torch.arange(toy.num_classes)
+    exact = ExactTeacher(toy.skeleton(k, torch.zeros(len(k), 2)), torch.full((len(k),), toy.blur))
+    return exact.to(start.pos_embed.device)
+
+
 def make_distiller(start, config):
-    """Student and critic with the weights of `start`; the teacher is `start` too, or else the closed form."""
-    teacher, toy = start, TOYS.get(config.toy)
-    if config.exact_teacher:
-        k = torch.arange(toy.num_classes)
-        teacher = ExactTeacher(toy.skeleton(k, torch.zeros(len(k), 2)), torch.full((len(k),), toy.blur))
-    student = FlowMap.from_teacher(start, config.is_guided)
+    """The loss of config.method. Student and critic begin with the weights of `start`."""
+    teacher, student = make_teacher(start, config), FlowMap.from_teacher(start, config.is_guided)
+    if config.method == "regression":
+        return Regression(student, teacher, config)
     critic = DiT.from_teacher(start, config.is_guided) if config.corrections else None
     return Distiller(student, critic, teacher, config).to(start.pos_embed.device)
+
+
+def draw_noise(shape, num_classes, config, n, g):
+    """n noises z, and a label and a guidance strength for each group of them."""
+    c, groups = config, n // config.group_size
+    y = torch.randint(max(num_classes, 1), (groups,), generator=g)
+    y = torch.where(torch.rand(groups, generator=g) < c.label_dropout, num_classes, y)
+    batch = dict(z=torch.randn(n, *shape, generator=g), y=y)
+    if c.is_guided:
+        strength = torch.rand(groups, generator=g)
+        batch["guidance"] = c.guidance_min + (c.guidance_max - c.guidance_min) * strength
+    return batch
 
 
 def draw_prior(shape, num_classes, config, step):
     """The student's batch of a step: noise z, labels y, times. There is no data here.
 
-    delta is uniform, and 1 for the samples that correct, which come last; h (lengths of steps) is for those
-    that predict, r and n (times and noise to be put back) for those that correct.
+    delta is uniform, one in each of even parts of [0, 1], and 1 for those that correct, which come last; h
+    (lengths of steps) is for those that predict, r and n (times and noise to be put back) for those that
+    correct. Times, labels and strengths are one for config.group_size samples in a row.
     """
-    g, c = generator(config.seed, STUDENT, step), config
-
-    def rand(n):
-        return torch.rand(n, generator=g)
-
-    B, m = c.batch_size, c.corrections
-    y, z = torch.randint(max(num_classes, 1), (B,), generator=g), torch.randn(B, *shape, generator=g)
-    batch = dict(z=z, y=torch.where(rand(B) < c.label_dropout, num_classes, y))
-    if c.is_guided:
-        batch["guidance"] = c.guidance_min + (c.guidance_max - c.guidance_min) * rand(B)
-    delta = (1 - rand(B - m)).clamp(min=1e-3)  # nearer to 0 a difference over it has no digits left
+    c, g = config, generator(config.seed, STUDENT, step)
+    m = c.corrections // c.group_size  # groups that correct
+    p = c.batch_size // c.group_size - m  # groups that predict
+    batch = draw_noise(shape, num_classes, c, c.batch_size, g)
+    delta = (torch.arange(p) + 1 - torch.rand(p, generator=g)) / max(p, 1)
+    delta = delta.clamp(min=1e-3)  # nearer to 0 a difference over it has no digits left
     batch["delta"] = torch.cat([delta, torch.ones(m)])
     batch["h"] = torch.full_like(delta, c.difference_size)
     if c.prediction == "step":
-        longest = c.step_size * (c.final_step_size / c.step_size) ** (step / c.steps)
-        batch["h"] = torch.minimum(longest * (0.05 + 0.95 * rand(B - m)), delta)
+        batch["h"] = torch.minimum(c.step_size * (0.5 + 0.5 * torch.rand(p, generator=g)), delta)
     batch["r"] = torch.sigmoid(c.r_location + c.r_scale * torch.randn(m, generator=g))
-    batch["n"] = torch.randn(m, *shape, generator=g)
+    batch["n"] = torch.randn(c.corrections, *shape, generator=g)
     return batch
 
 
 def evaluations_per_step(config):
     """Teacher evaluations of a step of distillation, one a sample and call; guided ones count twice."""
-    form = EVALUATIONS["heun"] if config.prediction == "step" else 1
+    form = EVALUATIONS["rk4"] if config.prediction == "step" else 1
     return ((config.batch_size - config.corrections) * form + config.corrections) * (1 + config.is_guided)
+
+
+class Regression(nn.Module):
+    """A rival: regress F(z, 1) on phi(z, 1) - z over pairs that are solved before the training, as many as
+    cost what distillation would ask of the teacher. forward(batch) -> loss, figures; draw(step) -> batch."""
+
+    def __init__(self, student, teacher, config):
+        super().__init__()
+        self.network, self.config, m = student, config, config.group_size
+        evaluations = 8 * EVALUATIONS["rk4"] * (1 + config.is_guided)  # a pair; 8 steps end within 0.003
+        n = max(1, evaluations_per_step(config) * config.steps // evaluations // m) * m
+        pairs = draw_noise(student.shape, student.num_classes, config, n, generator(config.seed, PAIRS))
+        self.z, self.y, self.guidance = (v if v is None else v.to(student.pos_embed.device)
+                                         for v in (pairs["z"], pairs["y"], pairs.get("guidance")))
+        self.phi = solve_ode(guided(teacher, self.guidance), self.z, 8, "rk4", self.y)
+
+    def draw(self, step):
+        g, n = generator(self.config.seed, STUDENT, step), self.config.batch_size // self.config.group_size
+        return dict(groups=torch.randint(len(self.y), (n,), generator=g))
+
+    def forward(self, batch):
+        groups, m = batch["groups"], self.config.group_size
+        z, phi = (v.unflatten(0, (-1, m))[groups].flatten(0, 1) for v in (self.z, self.phi))
+        guidance = None if self.guidance is None else self.guidance[groups]
+        F = self.network(z, torch.ones(len(groups), device=z.device), self.y[groups], guidance)
+        D = F.detach() - (phi - z)
+        return (F * decayed(D, self.config)).mean(), {"prediction": squared_norm(D).mean()}
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 6. Training
-#
 # One loop for both stages. It owns no files: whoever iterates it logs, saves and stops.
 
 
@@ -679,21 +728,33 @@ class TrainState:
         self.networks = {"model": module.network}
         if getattr(module, "critic", None) is not None:
             self.networks["critic"] = module.critic
-        groups = [{"params": list(network.parameters())} for network in self.networks.values()]
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-        self.ema = AveragedModel(module.network, multi_avg_fn=self.average).requires_grad_(False)
-        self.parts = {**self.networks, "ema": self.ema.module, "optimizer": self.optimizer}
+        matrices, groups = [], [dict(params=[], peak=config.learning_rate)]
+        for name, p in module.network.named_parameters():
+            is_matrix = config.optimizer == "muon" and ".mlp.fc" in name and p.ndim == 2
+            (matrices if is_matrix else groups[0]["params"]).append(p)
+        if "critic" in self.networks:
+            groups.append(dict(params=list(module.critic.parameters()), peak=config.critic_learning_rate))
+        adamw = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        self.optimizers = {"adamw": adamw}
+        if matrices:  # with updates of AdamW's size, so that one learning rate serves both
+            self.optimizers["muon"] = torch.optim.Muon([dict(params=matrices, peak=config.learning_rate)],
+                                                       weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        self.ema = copy.deepcopy(module.network).requires_grad_(False)
+        self.parts = {**self.networks, "ema": self.ema, **self.optimizers}
+        self.parameters = {name: list(part.parameters()) for name, part in self.parts.items()
+                           if isinstance(part, nn.Module)}  # to walk through modules takes time
 
-    def average(self, averages, weights, _):
-        """a + (1 - decay) (w - a), with less decay at first, when a is still near the initial weights."""
+    def average(self):
+        """ema + (1 - decay) (weights - ema), with less decay at first, when ema is near the first weights."""
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+        torch._foreach_lerp_(self.parameters["ema"], self.parameters["model"], 1 - decay)
 
-    def learning_rate(self):
-        """A linear rise, times a cosine that would reach 0 one step after the last."""
-        c = self.config
-        rise = min(1, (self.step + 1) / max(c.warmup, 1))
-        return c.learning_rate * rise * (1 + math.cos(math.pi * self.step / c.steps)) / 2
+    def set_learning_rates(self):
+        """The peak, times a linear rise, times a linear fall that would reach 0 one step after the last."""
+        rise, fall = min(1, (self.step + 1) / max(self.config.warmup, 1)), 1 - self.step / self.config.steps
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rise * fall
 
     def checkpoint(self):
         return {"step": self.step, "buffers": dict(self.module.named_buffers(recurse=False)),
@@ -702,7 +763,6 @@ class TrainState:
     def restore(self, checkpoint):
         """Undo checkpoint(). Raises KeyError, ValueError or RuntimeError for one of another module."""
         self.step = checkpoint["step"]
-        self.ema.n_averaged.fill_(self.step)
         for name, part in self.parts.items():
             part.load_state_dict(checkpoint[name])
         for name, buffer in self.module.named_buffers(recurse=False):
@@ -713,23 +773,24 @@ def train(module, draw, config, state=None):
     """Train module.network (and module.critic) from state.step to config.steps.
 
     module(batch) -> scalar loss, dict of figures; draw(step) -> dict of tensors. A generator: yields (step,
-    figures, state) after every step, counted from 1; state.ema.module is the averaged network.
+    figures, state) after every step, counted from 1; state.ema is the averaged network.
     Raises UserError when a loss or a gradient is not finite, before it reaches the weights.
     """
     state = state or TrainState(module, config)
     device = next(module.parameters()).device
     while state.step < config.steps:
-        for group in state.optimizer.param_groups:
-            group["lr"] = state.learning_rate()
+        state.set_learning_rates()
         loss, figures = module({k: v.to(device) for k, v in draw(state.step).items()})
-        state.optimizer.zero_grad()
+        for optimizer in state.optimizers.values():
+            optimizer.zero_grad()
         loss.backward()
-        norms = [nn.utils.clip_grad_norm_(net.parameters(), config.clip) for net in state.networks.values()]
+        norms = [nn.utils.clip_grad_norm_(state.parameters[name], config.clip) for name in state.networks]
         if not math.isfinite(loss.item() + sum(norms).item()):
             raise UserError(f"step {state.step + 1}: loss {loss:.3g}, gradient {sum(norms):.3g}: not finite. "
                             "The last checkpoint is good; start anew with a lower learning rate")
-        state.optimizer.step()
-        state.ema.update_parameters(module.network)
+        for optimizer in state.optimizers.values():
+            optimizer.step()
+        state.average()
         state.step += 1
         yield state.step, figures, state
 
@@ -757,11 +818,6 @@ def save(path, write):
         part.unlink(missing_ok=True)
 
 
-def versions():
-    """What the numbers of a run may depend on besides its settings."""
-    return dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
-
-
 def read_checkpoint(path, kind):
     """The dict that a stage saved. Raises UserError for anything but a whole file of fmd, of this kind."""
     advice = f"give a {kind} written by fmd"
@@ -769,10 +825,9 @@ def read_checkpoint(path, kind):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as e:
         raise UserError(f"there is no {path}: check the name, or train a {kind} first") from e
-    except pickle.UnpicklingError as e:
-        raise UserError(f"{path} is no checkpoint or holds pickled objects, never loaded: {advice}") from e
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as e:
-        raise UserError(f"{path} cannot be read, it is empty, cut off or no checkpoint: {advice}") from e
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as e:
+        raise UserError(f"{path} cannot be read: it is cut off, no checkpoint, or holds pickled objects, "
+                        f"which are never loaded; {advice}") from e
     if not isinstance(checkpoint, dict) or checkpoint.get("kind") != kind:
         raise UserError(f"{path} is not a {kind} written by fmd: give one that is")
     try:
@@ -834,7 +889,7 @@ def run_stage(kind, module, draw, config, out, resume=None, score=None, **extra)
             raise UserError(f"{path} cannot be resumed ({e}): start anew with --overwrite") from e
 
     def keep():
-        checkpoint = dict(kind=kind, config=settings, network=module.network.settings, versions=versions(),
+        checkpoint = dict(kind=kind, config=settings, network=module.network.settings, versions=VERSIONS,
                           seconds=time.perf_counter() - began, **extra, **state.checkpoint())
         save(path, functools.partial(torch.save, checkpoint))
         return checkpoint
@@ -851,7 +906,7 @@ def run_stage(kind, module, draw, config, out, resume=None, score=None, **extra)
             for name, value in figures.items():
                 sums.setdefault(name, []).append(value)
             if score and (done or step % config.eval_interval == 0):
-                measured["endpoint_error"] = score(state.ema.module)
+                measured["endpoint_error"] = score(state.ema)
             if done or measured or step % config.log_interval == 0:
                 measured.update({name: torch.stack(values).mean().item() for name, values in sums.items()})
                 shown, sums = {**shown, **measured}, {}
@@ -883,7 +938,7 @@ def sample(student, n, y=None, guidance=None, generator=None):
 @torch.no_grad()
 def student_path(student, z, points, y=None, guidance=None):
     """f(z, i / points) for i = 0 ... points, each a jump from z: (points + 1, B, C, H, W)."""
-    return torch.stack([student.map(z, torch.full((len(z),), i / points, device=z.device), y, guidance)
+    return torch.stack([student.map(z, torch.full((1,), i / points, device=z.device), y, guidance)
                         for i in range(points + 1)])
 
 
@@ -902,7 +957,7 @@ def error_along_path(found, truth):
 def endpoint_error(student, teacher, z, y=None, guidance=None, steps=64):
     """Relative error of f(z, 1) against the teacher's phi(z, 1), found by `steps` RK4 steps. z (B, C, H, W).
     Its floor is 0, up to the error of the solver."""
-    phi = solve_ode(teacher if guidance is None else guided(teacher, guidance), z, steps, "rk4", y)
+    phi = solve_ode(guided(teacher, guidance), z, steps, "rk4", y)
     return relative_error(student_path(student, z, 1, y, guidance)[1], phi)
 
 
@@ -943,12 +998,12 @@ def evaluate(student, start, config, out, files, data=None):
     teacher only. metrics.json is written last: it says that a run is complete.
     """
     n, device, steps = config.eval_samples, start.pos_embed.device, config.solver_steps
-    teacher = make_distiller(start, config).teacher
+    teacher = make_teacher(start, config)
     z = torch.randn(2, n, *start.shape, generator=generator(config.seed, EVALUATION, 1)).to(device)
-    strength = torch.full((n,), config.guidance_min, device=device) if config.is_guided else None
+    strength = torch.full((1,), config.guidance_min, device=device) if config.is_guided else None
     few = z[0, :1000]
     path = solve_ode(teacher, few, steps, "rk4", return_path=True)
-    jumps = student_path(student, few, steps, None, None if strength is None else strength[: len(few)])
+    jumps = student_path(student, few, steps, None, strength)
     errors = error_along_path(jumps, path)
     ends, others = (solve_ode(teacher, noise, 8, "rk4") for noise in z)  # to 1e-3 of the spread
     sets = {"teacher": ends, "student": student_path(student, z[0], 1, None, strength)[1]}
@@ -958,7 +1013,7 @@ def evaluate(student, start, config, out, files, data=None):
         teacher_nfe=steps * EVALUATIONS["rk4"], teacher_seconds=files["teacher"]["seconds"],
         student_seconds=files["student"]["seconds"], seed=config.seed, device=str(device),
         teacher_evaluations=evaluations_per_step(config) * files["student"]["step"],
-        threads=torch.get_num_threads(), versions=versions(), config=dataclasses.asdict(config),
+        threads=torch.get_num_threads(), versions=VERSIONS, config=dataclasses.asdict(config),
         error_along_path=errors)
     if data:
         sets = {"data": data.draw(n, generator(config.seed, EVALUATION, 2))[0], **sets}
@@ -980,7 +1035,6 @@ def evaluate(student, start, config, out, files, data=None):
 
 # ------------------------------------------------------------------------------------------------------------
 # 8. Plots
-#
 # One colour for one thing, everywhere. Each function returns a figure; save_figure writes and closes it.
 
 COLORS = {"data": "#4d4d4d", "teacher": "#2166ac", "student": "#e08214", "critic": "#7b3294"}
@@ -1042,14 +1096,12 @@ def plot_error(curves, title="How far the student is from the teacher's path"):
 def plot_losses(lines):
     """The teacher's loss, the student's residuals and its endpoint error, from the lines of metrics.jsonl."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    for axis, title, stage, curves in zip(
-        axes,
-        ["Teacher: its loss", "Student: residuals ‖D‖²/d", "Student: distance from the teacher"],
-        ["teacher", "student", "student"],
-        [{"flow_matching": ("flow matching", "teacher")},
-         {"prediction": ("prediction", "student"), "correction": ("correction", "critic")},
-         {"endpoint_error": ("endpoint error", "student")}],
-    ):
+    for axis, (title, stage, curves) in zip(axes, [
+        ("Teacher: its loss", "teacher", {"flow_matching": ("flow matching", "teacher")}),
+        ("Student: residuals ‖D‖²/d", "student", {"prediction": ("prediction", "student"),
+                                                  "correction": ("correction", "critic")}),
+        ("Student: distance from the teacher", "student", {"endpoint_error": ("endpoint error", "student")}),
+    ]):
         for name, (label, color) in curves.items():
             points = [(line["step"], line[name]) for line in lines if line["stage"] == stage and name in line]
             axis.plot(*zip(*points) if points else ([], []), color=COLORS[color], label=label)
@@ -1088,7 +1140,7 @@ def save_figure(figure, path):
 
 STAGE_FILES = {"all": ["teacher.pt", "student.pt"], "teacher": ["teacher.pt", "student.pt"],
                "distill": ["student.pt"], "sample": ["samples.npz"], "evaluate": ["metrics.json"]}
-FREE = {"log_interval", "eval_interval", "checkpoint_interval"}  # may change when a run is resumed
+FREE = {"threads", "log_interval", "eval_interval", "checkpoint_interval"}  # may change when a run is resumed
 
 
 def train_teacher(config, out, device, resume=None):
@@ -1106,13 +1158,15 @@ def train_student(start, config, out, teacher_file, resume=None):
     """Stage 2: distillation of `start` (or its closed form) from the prior alone. Returns the checkpoint."""
     distiller, device = make_distiller(start, config), start.pos_embed.device
     z = torch.randn(512, *start.shape, generator=generator(config.seed, EVALUATION, 0)).to(device)
-    strength = torch.full((len(z),), config.guidance_min, device=device) if config.is_guided else None
+    strength = torch.full((1,), config.guidance_min, device=device) if config.is_guided else None
     phi = solve_ode(distiller.teacher, z, config.solver_steps, "rk4")
 
     def score(student):
         return relative_error(student_path(student, z, 1, None, strength)[1], phi)
 
     draw = functools.partial(draw_prior, start.shape, start.num_classes, config)
+    if config.method == "regression":
+        draw = distiller.draw
     teacher = str(teacher_file.resolve())
     return run_stage("student", distiller, draw, config, out, resume, score, teacher=teacher)
 
@@ -1214,6 +1268,7 @@ def run(args):
         wrong = "--student" if args.student and not reads_student else "--teacher"
         raise UserError(f"{wrong}: --stage {args.stage} has no use for it, leave it away", 2)
     device, out = pick_device(args.device), pick_folder(args, dataset)
+    torch.set_num_threads(min(torch.get_num_threads(), config.threads or 1024))
     for name in STAGE_FILES[args.stage]:
         if (out / name).exists() and not args.resume and not args.overwrite:
             raise UserError(f"{out / name} is there already: --resume goes on with it, --overwrite replaces "

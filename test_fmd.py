@@ -24,6 +24,8 @@ import fmd
 matplotlib.use("Agg")
 torch.set_num_threads(1)  # small tensors: more threads cost more than they bring
 TINY = [
+    "--group-size",
+    "2",
     "--hidden-size",
     "16",
     "--depth",
@@ -56,6 +58,10 @@ TINY = [
 def images(*rows):
     """Numbers -> (B, C, 1, 1) in double precision."""
     return torch.tensor(rows, dtype=torch.float64)[:, :, None, None]
+
+
+def column(v):
+    return v[:, None, None, None]
 
 
 def noise(*shape, seed=0):
@@ -91,7 +97,7 @@ MU, S = torch.tensor([0.7, -0.4], dtype=torch.float64), 0.6
 
 def gaussian_flow(z, delta):
     scale = (delta**2 * S**2 + (1 - delta) ** 2).sqrt()
-    return fmd.expand(delta) * MU[:, None, None] + fmd.expand(scale) * z
+    return column(delta) * MU[:, None, None] + column(scale) * z
 
 
 class GaussianMap(torch.nn.Module):
@@ -103,10 +109,10 @@ class GaussianMap(torch.nn.Module):
 
     def forward(self, z, delta, y=None, guidance=None):
         root = (delta**2 * S**2 + (1 - delta) ** 2).sqrt()
-        return MU[:, None, None] + self.shift + fmd.expand(((1 + S**2) * delta - 2) / (1 + root)) * z
+        return MU[:, None, None] + self.shift + column(((1 + S**2) * delta - 2) / (1 + root)) * z
 
     def map(self, z, delta, y=None, guidance=None):
-        return z + fmd.expand(delta) * self(z, delta)
+        return z + column(delta) * self(z, delta)
 
 
 def gaussian_teacher(shift=0.0):
@@ -140,7 +146,7 @@ def test_prediction_gradient_of_a_shifted_map(form, h, tolerance):
         student, gaussian_teacher(), z, delta, form=form, h=h, F=student(z, delta)
     )
     assert torch.equal(D_G, known) and not known.requires_grad
-    expected = fmd.expand(b * (1 - slope(1 - delta) * delta)).expand_as(z)
+    expected = column(b * (1 - slope(1 - delta) * delta)).expand_as(z)
     torch.testing.assert_close(D_G, expected, atol=tolerance, rtol=tolerance)
     assert (D_G[delta < 0.5] > 0).all()
 
@@ -152,7 +158,7 @@ def test_correction_gradient_is_zero_at_the_truth_and_points_away_from_it():
     D_N = fmd.correction_gradient(gaussian_teacher(b)(x_r, r), u, x_r, r)
     variance = (1 - r) ** 2 * S**2 + r**2
     torch.testing.assert_close(
-        D_N, fmd.expand(b * r / variance).expand_as(x_r)
+        D_N, column(b * r / variance).expand_as(x_r)
     )  # of b's sign: descent goes back
 
 
@@ -289,7 +295,7 @@ def test_guidance_is_linear_inside_its_interval_and_one_call():
         found = fmd.guided(Counted(), gamma, (0.2, 0.7))(x, t, y)
         label, null = network(x, t, y), network(x, t)
     gamma = torch.tensor([1.0, 3, 4, 5, 1, 1]).double()
-    torch.testing.assert_close(found, fmd.expand(gamma) * label + fmd.expand(1 - gamma) * null)
+    torch.testing.assert_close(found, column(gamma) * label + column(1 - gamma) * null)
     assert calls == [12]
     torch.testing.assert_close(fmd.guided(Counted(), 4.0)(x, t), null)
     torch.testing.assert_close(fmd.guided(Counted(), 1.0)(x, t, y), label)
@@ -426,7 +432,7 @@ def test_network_begins_at_zero_and_blocks_as_the_identity():
     network = fmd.DiT(input_size=4, in_channels=3, patch_size=2)
     assert network(torch.randn(2, 3, 4, 4), torch.rand(2)).abs().max() == 0
     x = torch.randn(2, 4, 64)
-    assert torch.equal(network.blocks[0](x, torch.randn(2, 64)), x)
+    assert torch.equal(network.blocks[0](x, torch.randn(2, 64), 4), x)
 
 
 def test_student_made_from_a_teacher_is_its_velocity():
@@ -436,7 +442,7 @@ def test_student_made_from_a_teacher_is_its_velocity():
     z, delta, y = noise(5, 2, 1, 1), times(5), torch.tensor([0, 1, 2, 3, 1])
     with torch.no_grad():
         torch.testing.assert_close(student(z, delta, y), teacher(z, 1 - delta, y))
-        torch.testing.assert_close(student.map(z, delta, y), z + fmd.expand(delta) * teacher(z, 1 - delta, y))
+        torch.testing.assert_close(student.map(z, delta, y), z + column(delta) * teacher(z, 1 - delta, y))
         assert torch.equal(student.map(z, torch.zeros(5).double(), y), z)
     copy = fmd.FlowMap.from_teacher(teacher)
     assert all(
@@ -476,7 +482,7 @@ def test_forms_of_the_prediction_converge_to_each_other():
     d = delta.clone().requires_grad_(True)
     out = student(z, d, y)
     rows = [torch.autograd.grad(out.flatten(1)[:, i].sum(), d, retain_graph=True)[0] for i in range(32)]
-    v_G = out + fmd.expand(delta) * torch.stack(rows, 1).view_as(out)
+    v_G = out + column(delta) * torch.stack(rows, 1).view_as(out)
     torch.testing.assert_close(exact, (v_G - teacher(student.map(z, delta, y), 1 - delta, y)).detach())
     for form, order in (("difference", 2), ("step", 1)):
         gaps = [
@@ -490,13 +496,15 @@ def test_forms_of_the_prediction_converge_to_each_other():
 
 
 def test_a_step_as_long_as_the_path_is_regression_on_the_teacher():
-    # h = delta: the step begins at the noise, so the student is held to the teacher's own Heun step
+    # h = delta: the step begins at the noise, so the student is held to the teacher's own RK4 step
     student, teacher = small(fmd.FlowMap, 1), small(seed=2)
     z, delta = noise(6, 2, 1, 1), times(6)
     D_G = fmd.prediction_gradient(student, teacher, z, delta, form="step", h=delta)
     k1 = teacher(z, torch.ones(6).double())
-    k2 = teacher(z + fmd.expand(delta) * k1, 1 - delta)
-    torch.testing.assert_close(D_G, (student(z, delta) - (k1 + k2) / 2).detach())
+    k2 = teacher(z + column(delta) / 2 * k1, 1 - delta / 2)
+    k3 = teacher(z + column(delta) / 2 * k2, 1 - delta / 2)
+    k4 = teacher(z + column(delta) * k3, 1 - delta)
+    torch.testing.assert_close(D_G, (student(z, delta) - (k1 + 2 * k2 + 2 * k3 + k4) / 6).detach())
 
 
 def gradients(loss, network):
@@ -526,19 +534,21 @@ def test_gradient_of_the_prediction_is_that_of_its_equation(form):
     with torch.no_grad():
         at = delta.clone()
         if form == "step":
-            begin = z + fmd.expand(at - h) * student(z, at - h, y)
+            begin = z + column(at - h) * student(z, at - h, y)
             k1 = teacher(begin, 1 - at + h, y)
-            end = begin + fmd.expand(h) * (k1 + teacher(begin + fmd.expand(h) * k1, 1 - at, y)) / 2
-            target = (end - z) / fmd.expand(at)
+            k2 = teacher(begin + column(h) / 2 * k1, 1 - at + h / 2, y)
+            k3 = teacher(begin + column(h) / 2 * k2, 1 - at + h / 2, y)
+            k4 = teacher(begin + column(h) * k3, 1 - at, y)
+            target = (begin + column(h) * (k1 + 2 * k2 + 2 * k3 + k4) / 6 - z) / column(at)
         else:
             e = 0.04 if form == "difference" else 1e-5
             dF = (student(z, at + e, y) - student(z, at - e, y)) / (2 * e)
-            target = teacher(z + fmd.expand(at) * F, 1 - at, y) - fmd.expand(at) * dF
+            target = teacher(z + column(at) * F, 1 - at, y) - column(at) * dF
     expected = (F - target).square().mean() / 2
     for a, b in zip(gradients(loss, student), gradients(expected, student)):
         if a is not None or b is not None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
-    assert all(not p.requires_grad for p in teacher.parameters())
+    assert all(p.grad is None for p in teacher.parameters())
 
 
 def test_gradient_of_the_correction_is_that_of_its_equation():
@@ -572,6 +582,71 @@ def test_gradient_of_the_correction_is_that_of_its_equation():
     assert distiller.norms[1].item() == pytest.approx(rms.sqrt().mean().item())
 
 
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_a_group_shares_its_conditioning(tokens):
+    side = int(tokens**0.5)
+    x, t, y, gamma = noise(12, 2, side, side), times(4), torch.tensor([0, 1, 2, 3]), times(4, seed=1)
+    each = [v.repeat_interleave(3) for v in (t, y, gamma)]
+    network = small(input_size=side)
+    torch.testing.assert_close(network(x, t, y), network(x, *each[:2]))
+    torch.testing.assert_close(
+        fmd.guided(network, gamma)(x, t, y), fmd.guided(network, each[2])(x, *each[:2])
+    )
+    torch.testing.assert_close(
+        fmd.ode_step(network, x, t, t / 2, "rk4", y), fmd.ode_step(network, x, each[0], each[0] / 2, "rk4", each[1])
+    )
+    student = small(fmd.FlowMap, input_size=side, guidance=True)
+    torch.testing.assert_close(student.map(x, t, y, gamma), student.map(x, *each))
+    torch.testing.assert_close(fmd.noised(x, 2 * x, t), fmd.noised(x, 2 * x, each[0]))
+    if tokens == 1:
+        exact = fmd.ExactTeacher(torch.randn(3, 2), torch.ones(3)).double()
+        torch.testing.assert_close(exact(x, t, y), exact(x, *each[:2]))
+
+
+@pytest.mark.parametrize("group_size", [1, 4])
+def test_losses_in_groups_equal_those_of_single_samples(group_size):
+    # the same batch, said in groups and said sample by sample
+    config = fmd.Config(batch_size=16, group_size=group_size, guidance_max=3.0, alpha=0.7)
+    batch = fmd.draw_prior((2, 1, 1), 3, config, 5)
+    assert len(batch["delta"]) == 16 // group_size and len(batch["z"]) == 16 and len(batch["n"]) == 4
+    single = {k: v if k in "zn" else v.repeat_interleave(group_size) for k, v in batch.items()}
+    found = []
+    for data in (batch, single):
+        distiller = fmd.Distiller(
+            small(fmd.FlowMap, 1, guidance=True), small(seed=2, guidance=True), small(seed=3), config
+        )
+        distiller.norms.fill_(1.0)
+        loss, figures = distiller({k: v.double() if v.is_floating_point() else v for k, v in data.items()})
+        found.append([loss, *figures.values(), *gradients(loss, distiller.network)])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b)
+
+
+def test_regression_pairs_and_their_loss():
+    config = fmd.Config(
+        method="regression", batch_size=16, group_size=4, steps=3, decay=0.0, guidance_max=3.0, label_dropout=0.3
+    )
+    start = small().float()
+    rival = fmd.make_distiller(start, config)
+    # the evaluations of the distillation, (12 x 4 + 4) x 2 x 3, buy this many pairs of 8 RK4 steps, in whole groups
+    assert len(rival.z) == 4 * ((52 * 2 * 3) // (32 * 2) // 4) and len(rival.y) == len(rival.z) // 4
+    config = dataclasses.replace(config, steps=30)
+    rival = fmd.make_distiller(start, config)
+    y, gamma = (v.repeat_interleave(4) for v in (rival.y, rival.guidance))
+    phi = fmd.solve_ode(fmd.guided(start, gamma), rival.z, 40, "heun", y)
+    torch.testing.assert_close(rival.phi, phi, rtol=0.02, atol=0.02)
+    groups = rival.draw(3)["groups"]
+    assert torch.equal(groups, rival.draw(3)["groups"]) and not torch.equal(groups, rival.draw(4)["groups"])
+    assert len(groups) == 4 and groups.max() < len(rival.y)
+    loss, figures = rival({"groups": groups})
+    rows = torch.cat([torch.arange(4 * g, 4 * g + 4) for g in groups.tolist()])
+    error = rival.network.map(rival.z[rows], torch.ones(16), y[rows], gamma[rows]) - rival.phi[rows]
+    for a, b in zip(gradients(loss, rival.network), gradients(error.square().mean() / 2, rival.network)):
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+    assert figures["prediction"].item() == pytest.approx(error.square().mean().item(), rel=1e-4)
+
+
 def test_decay_and_balance_by_hand(monkeypatch):
     # ||D_G||^2 / d = (1 + 4 + 4 + 16) / 4 = 6.25
     D, F = (
@@ -579,21 +654,18 @@ def test_decay_and_balance_by_hand(monkeypatch):
         torch.tensor([1.0, 1.0, 1.0, 1.0]).view(1, 4, 1, 1),
     )
     monkeypatch.setattr(fmd, "prediction_gradient", lambda *a, **k: D)
-    for k, scale in ((0.0, 1.0), (0.5, 1 / 2.7), (1.0, 1 / 7.29)):
-        distiller = fmd.Distiller(
-            None, None, None, fmd.Config(prediction="jvp", decay=k, eps=1.04)
-        )  # 6.25 + 1.04 = 2.7^2
+    for k, scale in ((0.0, 1.0), (0.5, 1 / 2.7), (1.0, 1 / 7.29)):  # 6.25 + 1.04 = 2.7^2
+        distiller = fmd.Distiller(None, None, None, fmd.Config(prediction="jvp", decay=k, eps=1.04))
         term, norm, residual = distiller.predict(F, None, None, None, None, None)
-        assert term.item() == pytest.approx(5 / 4 * scale) and norm.item() == pytest.approx(2.5 * scale)
-        assert residual.item() == 6.25
-    # the form 'step' weighs with h / delta, before the decay
-    distiller = fmd.Distiller(None, None, None, fmd.Config(prediction="step", decay=0.5, eps=1e-12))
-    term, norm, residual = distiller.predict(F, None, torch.tensor([0.5]), None, None, torch.tensor([0.1]))
-    assert norm.item() == pytest.approx(1) and residual.item() == 6.25
-    distiller = fmd.Distiller(None, None, None, fmd.Config(prediction="step", decay=0.0))
-    assert distiller.predict(F, None, torch.tensor([0.5]), None, None, torch.tensor([0.1]))[
-        1
-    ].item() == pytest.approx(0.5)
+        assert term.item() == pytest.approx(5 / 4 * scale)
+        assert norm.item() == 2.5 and residual.item() == 6.25  # before the decay
+    # the form 'step' weighs with h / delta = 0.2 before the decay
+    at, h = torch.tensor([0.5]), torch.tensor([0.1])
+    for k, expected in ((0.0, 5 / 4 * 0.2), (0.5, 5 / 4 / 2.5)):
+        distiller = fmd.Distiller(None, None, None, fmd.Config(prediction="step", decay=k, eps=1e-12))
+        term, norm, residual = distiller.predict(F, None, at, None, None, h)
+        assert term.item() == pytest.approx(expected)
+        assert norm.item() == 2.5 and residual.item() == 6.25
 
 
 def test_guided_distillation_asks_the_guided_teacher_and_conditions_both_networks():
@@ -621,12 +693,12 @@ def test_guided_distillation_asks_the_guided_teacher_and_conditions_both_network
     with torch.no_grad():
         F = student(p["z"], at, y, p["guidance"])
         low, high = (at - 0.005).clamp(min=0), (at + 0.005).clamp(max=1)
-        dF = (student(p["z"], high, y, p["guidance"]) - student(p["z"], low, y, p["guidance"])) / fmd.expand(
+        dF = (student(p["z"], high, y, p["guidance"]) - student(p["z"], low, y, p["guidance"])) / column(
             high - low
         )
-        f, g = p["z"] + fmd.expand(at) * F, fmd.expand(p["guidance"])
+        f, g = p["z"] + column(at) * F, column(p["guidance"])
         u = g * teacher(f, 1 - at, y) + (1 - g) * teacher(f, 1 - at)
-        expected = (F + fmd.expand(at) * dF - u).flatten(1).square().mean()
+        expected = (F + column(at) * dF - u).flatten(1).square().mean()
     assert figures["prediction"].item() == pytest.approx(expected.item(), rel=1e-3)
 
 
@@ -669,9 +741,9 @@ def test_draws_are_pure_and_as_described():
         and abs(delta.mean() - 0.5) < 0.02
         and abs(delta.var() - 1 / 12) < 0.005
     )
-    assert (0 < h).all() and (h <= delta).all() and 0.45 < h.max() <= config.step_size
-    last = fmd.draw_prior((2, 1, 1), 5, config, config.steps)["h"]
-    assert 0.045 < last.max() <= config.final_step_size + 1e-6
+    assert (delta * 3000).ceil().unique().numel() > 2990  # one in each of even parts
+    assert (0 < h).all() and (h <= delta).all() and 0.24 < h.max() <= config.step_size
+    assert h[delta > 0.25].min() >= config.step_size / 2
     logit = torch.logit(batch["r"])
     assert abs(logit.mean() - 0.8) < 0.1 and abs(logit.std() - 1) < 0.08
     assert abs((batch["n"] * batch["z"][3000:]).mean()) < 0.06  # independent noises
@@ -704,12 +776,12 @@ class Quadratic(torch.nn.Module):
 
 def test_average_of_the_weights_by_hand():
     config = fmd.Config(steps=5, learning_rate=0.1, ema_decay=0.3, warmup=0)
-    weights, average = [], None
+    weights, average = [], 1.0
     for step, _, state in fmd.train(Quadratic(), lambda step: dict(x=torch.ones(1, 1)), config):
         weights.append(state.networks["model"].weight.item())
         decay = min(0.3, step / (step + 9))
-        average = weights[0] if step == 1 else decay * average + (1 - decay) * weights[-1]
-        assert state.ema.module.weight.item() == pytest.approx(average, rel=1e-5)
+        average = decay * average + (1 - decay) * weights[-1]
+        assert state.ema.weight.item() == pytest.approx(average, rel=1e-5)
     assert len(weights) == 5 and weights == sorted(weights, reverse=True)
 
 
@@ -718,8 +790,9 @@ def test_learning_rate_rises_and_falls():
     state = fmd.TrainState(Quadratic(), config)
     rates = []
     for state.step in range(10):
-        rates.append(state.learning_rate())
-    expected = [2 * min(1, (i + 1) / 4) * (1 + math.cos(math.pi * i / 10)) / 2 for i in range(10)]
+        state.set_learning_rates()
+        rates.append(state.optimizers["adamw"].param_groups[0]["lr"])
+    expected = [2 * min(1, (i + 1) / 4) * (1 - i / 10) for i in range(10)]
     assert rates == pytest.approx(expected)
 
 
@@ -967,7 +1040,7 @@ def test_the_default_command_end_to_end(finished):
         "coverage",
         "error_along_path",
     } <= metrics.keys()
-    assert metrics["teacher_evaluations"] == 12 * (12 * 2 + 4) and metrics["nfe"] == 1
+    assert metrics["teacher_evaluations"] == 12 * (12 * 4 + 4) and metrics["nfe"] == 1
     assert (
         metrics["error_along_path"][0] == 0 and metrics["error_along_path"][-1] == metrics["endpoint_error"]
     )
