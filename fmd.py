@@ -109,6 +109,7 @@ class Config:
     batch_size: int = option(256, "samples a step of the student", 1)
     learning_rate: float = option(1e-4, "peak", 0)
     prediction: str = option("step", "form of the derivative", choices=["step", "jvp", "difference"])
+    delta_power: float = option(1.0, "delta = 1 - U(0, 1)^delta_power; above 1: more near the data", 0.1)
     step_size: float = option(0.25, "longest teacher step of the form 'step'", 1e-4, 1)
     difference_size: float = option(0.005, "half-width of the form 'difference'", 1e-5, 0.5)
     decay: float = option(0.5, "k: D_G is divided by (||D_G||^2/d + eps)^k", 0, 1)
@@ -167,7 +168,7 @@ class Config:
 # dropped the unlabelled model would get a tenth of the training (README, "Differences from the paper").
 PRESETS = {"toy2d": dict(label_dropout=0.75, t_location=-0.8, group_size=8, optimizer="muon", threads=2,
                          teacher_steps=1000, teacher_batch_size=512, teacher_learning_rate=8e-3,
-                         steps=1500, learning_rate=8e-3, critic_learning_rate=1.6e-2)}
+                         steps=1200, learning_rate=8e-3, critic_learning_rate=1.6e-2, delta_power=1.5)}
 
 
 def generator(*key):
@@ -663,16 +664,16 @@ def draw_noise(shape, num_classes, config, n, g):
 def draw_prior(shape, num_classes, config, step):
     """The student's batch of a step: noise z, labels y, times. There is no data here.
 
-    delta is uniform, one in each of even parts of [0, 1], and 1 for those that correct, which come last; h
-    (lengths of steps) is for those that predict, r and n (times and noise to be put back) for those that
-    correct. Times, labels and strengths are one for config.group_size samples in a row.
+    delta is 1 for the samples that correct, which come last. h (lengths of steps) is for those that predict,
+    r and n (times and noise to be put back) for those that correct. Times, labels and strengths are one for
+    config.group_size samples in a row.
     """
     c, g = config, generator(config.seed, STUDENT, step)
     m = c.corrections // c.group_size  # groups that correct
     p = c.batch_size // c.group_size - m  # groups that predict
     batch = draw_noise(shape, num_classes, c, c.batch_size, g)
-    delta = (torch.arange(p) + 1 - torch.rand(p, generator=g)) / max(p, 1)
-    delta = delta.clamp(min=1e-3)  # nearer to 0 a difference over it has no digits left
+    uniform = (torch.arange(p) + torch.rand(p, generator=g)) / max(p, 1)  # one in each of even parts
+    delta = (1 - uniform**c.delta_power).clamp(min=1e-3)  # nearer to 0 a difference has no digits left
     batch["delta"] = torch.cat([delta, torch.ones(m)])
     batch["h"] = torch.full_like(delta, c.difference_size)
     if c.prediction == "step":
@@ -737,7 +738,7 @@ class TrainState:
         adamw = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.optimizers = {"adamw": adamw}
         if matrices:  # with updates of AdamW's size, so that one learning rate serves both
-            self.optimizers["muon"] = torch.optim.Muon([dict(params=matrices, peak=config.learning_rate)],
+            self.optimizers["muon"] = torch.optim.Muon([dict(params=matrices, peak=config.learning_rate)], ns_steps=3,
                                                        weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
         self.ema = copy.deepcopy(module.network).requires_grad_(False)
         self.parts = {**self.networks, "ema": self.ema, **self.optimizers}
@@ -799,12 +800,12 @@ def train(module, draw, config, state=None):
 def deferred_interrupts():
     """Within it Ctrl-C and SIGTERM only fill the list that it gives, so that a step is finished and saved."""
     received = []
-    signals = (signal.SIGINT, signal.SIGTERM)
-    previous = [signal.signal(s, lambda number, frame: received.append(number)) for s in signals]
+    previous = {s: signal.signal(s, lambda number, frame: received.append(number))
+                for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:
-        for s, handler in zip(signals, previous):
+        for s, handler in previous.items():
             signal.signal(s, handler)
 
 
@@ -878,8 +879,8 @@ def run_stage(kind, module, draw, config, out, resume=None, score=None, **extra)
     """
     path, log_path, settings = out / f"{kind}.pt", out / "metrics.jsonl", dataclasses.asdict(config)
     if kind == "teacher":
-        config = dataclasses.replace(config, steps=config.teacher_steps,
-                                     learning_rate=config.teacher_learning_rate)
+        steps, rate = config.teacher_steps, config.teacher_learning_rate
+        config = dataclasses.replace(config, steps=steps, learning_rate=rate)
     state, began = TrainState(module, config), time.perf_counter()
     if resume:
         try:
@@ -1017,8 +1018,8 @@ def evaluate(student, start, config, out, files, data=None):
         error_along_path=errors)
     if data:
         sets = {"data": data.draw(n, generator(config.seed, EVALUATION, 2))[0], **sets}
-    if data and data.toy:
-        metrics["coverage"] = {name: coverage(data.toy, x) for name, x in sets.items()}
+    if config.toy in TOYS:
+        metrics["coverage"] = {name: coverage(TOYS[config.toy], x) for name, x in sets.items()}
     titles = {"teacher": f"teacher, {metrics['teacher_nfe']} evaluations", "student": "student, 1 evaluation"}
     save_figure(plot_samples({name: x[:4000] for name, x in sets.items()}, titles), out / "comparison.png")
     save_figure(plot_paths(path, jumps), out / "paths.png")
@@ -1111,7 +1112,7 @@ def plot_losses(lines):
     return figure
 
 
-def animate_paths(teacher_path, student_path, frames=24):
+def animate_paths(teacher_path, student_path, frames=20):
     """Noise becoming data along both paths, (S, B, 2, 1, 1): an animation that rests on its last frame."""
     figure, axes = panels(2, torch.cat([teacher_path, student_path]), 3.6)
     paths = {"teacher, ODE up to": teacher_path, "student, one jump to": student_path}
@@ -1123,7 +1124,7 @@ def animate_paths(teacher_path, student_path, frames=24):
             cloud.set_offsets(plane(path[i]).T)
             axis.set_title(f"{name} δ = {i / (len(path) - 1):.2f}")
 
-    return FuncAnimation(figure, show, frames=steps + steps[-1:] * 10, init_func=lambda: None)
+    return FuncAnimation(figure, show, frames=steps + steps[-1:] * 5, init_func=lambda: None)
 
 
 def save_figure(figure, path):
@@ -1159,7 +1160,7 @@ def train_student(start, config, out, teacher_file, resume=None):
     distiller, device = make_distiller(start, config), start.pos_embed.device
     z = torch.randn(512, *start.shape, generator=generator(config.seed, EVALUATION, 0)).to(device)
     strength = torch.full((1,), config.guidance_min, device=device) if config.is_guided else None
-    phi = solve_ode(distiller.teacher, z, config.solver_steps, "rk4")
+    phi = solve_ode(make_teacher(start, config), z, config.solver_steps, "rk4")
 
     def score(student):
         return relative_error(student_path(student, z, 1, None, strength)[1], phi)
@@ -1192,17 +1193,13 @@ def write_samples(student, config, out, n, classes=None, strength=None, seed=0):
     print(f"{n} samples are in {out / 'samples.npz'}, a picture of them in {out / 'samples.png'}")
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"fmd: {message}; python fmd.py --help lists the flags\n")
-
-
 def make_parser():
     """The flags: those below, and one for every field of Config."""
     examples = "\n".join(line for line in __doc__.splitlines() if line.startswith("    python"))
-    parser = Parser("fmd.py", usage="python fmd.py [flags]", allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter,
-                    description="Flow map distillation without data. Commands to paste:\n" + examples)
+    parser = argparse.ArgumentParser(
+        "fmd.py", usage="python fmd.py [flags]", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Flow map distillation without data. Commands to paste:\n" + examples, allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"fmd: {message}; python fmd.py --help lists the flags\n")
     add = parser.add_argument
     add("--stage", default="all", choices=list(STAGE_FILES), help="what to do (default: all)")
     add("--teacher", metavar="FILE", help="distill this teacher instead of training one; touches no data")

@@ -610,11 +610,9 @@ def test_losses_in_groups_equal_those_of_single_samples(group_size):
     batch = fmd.draw_prior((2, 1, 1), 3, config, 5)
     assert len(batch["delta"]) == 16 // group_size and len(batch["z"]) == 16 and len(batch["n"]) == 4
     single = {k: v if k in "zn" else v.repeat_interleave(group_size) for k, v in batch.items()}
-    found = []
+    found, networks = [], (small(fmd.FlowMap, 1, guidance=True), small(seed=2, guidance=True), small(seed=3))
     for data in (batch, single):
-        distiller = fmd.Distiller(
-            small(fmd.FlowMap, 1, guidance=True), small(seed=2, guidance=True), small(seed=3), config
-        )
+        distiller = fmd.Distiller(*networks, config)
         distiller.norms.fill_(1.0)
         loss, figures = distiller({k: v.double() if v.is_floating_point() else v for k, v in data.items()})
         found.append([loss, *figures.values(), *gradients(loss, distiller.network)])
