@@ -11,7 +11,8 @@ Conventions, everywhere in this file
     delta = 1 - t is how far a path has come: sampling solves dx/d(delta) = u(x, 1 - delta) from x(0) = z;
     f(z, delta) = z + delta F(z, delta) is the student's flow map, f(z, 1) its one-step sample.
 Everything is an image, (B, C, H, W); a point of the plane is a 2 x 1 x 1 image. t, delta, r and guidance are
-(B,), labels (B,) int64; the label num_classes is the null label, "any class".
+(B,), labels (B,) int64; the label num_classes is the null label, "any class". Instead of B there may be G of
+them, each for a group of B / G samples in a row, for which the network then computes its conditioning once.
 
     python fmd.py                                            # a 2-D toy: teacher, student, figures, pictures
     python fmd.py --toy spirals --seed 1 --out runs/spirals  # another toy
@@ -278,7 +279,7 @@ def modulate(x, shift, scale):
 
 
 class Attention(nn.Module):
-    """Self-attention of tokens (B, T, D), with a LayerNorm of queries and keys if qk_norm."""
+    """Self-attention among every T tokens in a row of (G, B / G * T, D); qk_norm: LayerNorm of both."""
 
     def __init__(self, D, num_heads, qk_norm):
         super().__init__()
@@ -297,7 +298,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP on tokens x (B, T, D), shifted, scaled and gated by the conditioning c (B, D)."""
+    """Attention and MLP on tokens x (G, B / G * T, D), shifted, scaled and gated by conditioning c (G, D)."""
 
     def __init__(self, D, num_heads, qk_norm):
         super().__init__()
@@ -312,7 +313,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens (B, T, D) -> patches (B, T, outputs), shifted and scaled by the conditioning c (B, D)."""
+    """Tokens (G, N, D) -> patches (G, N, outputs), shifted and scaled by the conditioning c (G, D)."""
 
     def __init__(self, D, outputs):
         super().__init__()
@@ -334,8 +335,8 @@ def position_embedding(D, side):
 class DiT(nn.Module):
     """A velocity network u(x, t | y), and with guidance=True u(x, t | y, strength).
 
-    forward: x (B, C, H, W); t (B,) in [0, 1], or (1,) for one time for all; y (B,) or None, the null label;
-    guidance (B,) or None, strength 1 -> (B, C, H, W). Raises ValueError for guidance without an input for it.
+    forward: x (B, C, H, W); t (G,) in [0, 1]; y (G,) or None, the null label; guidance (G,) or None, strength
+    1 -> (B, C, H, W). Raises ValueError for guidance without an input for it.
     """
 
     def __init__(self, input_size=1, in_channels=2, num_classes=8, hidden_size=64, depth=3, num_heads=1,
@@ -585,6 +586,7 @@ class Distiller(nn.Module):
     """Prediction, correction and the critic's own loss as one scalar. forward(batch) -> loss, figures.
 
     student: FlowMap; critic: DiT, which learns v_N online; teacher: called as u(x, t, y), never changed.
+    lambda follows ||D_G|| before its decay, so that the correction fades as the prediction succeeds.
     batch: what draw_prior makes, first the samples that predict and then those that correct.
     """
 
@@ -738,8 +740,9 @@ class TrainState:
         adamw = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.optimizers = {"adamw": adamw}
         if matrices:  # with updates of AdamW's size, so that one learning rate serves both
-            self.optimizers["muon"] = torch.optim.Muon([dict(params=matrices, peak=config.learning_rate)], ns_steps=3,
-                                                       weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+            self.optimizers["muon"] = torch.optim.Muon(
+                [dict(params=matrices, peak=config.learning_rate)], weight_decay=0.0, ns_steps=3,
+                adjust_lr_fn="match_rms_adamw")
         self.ema = copy.deepcopy(module.network).requires_grad_(False)
         self.parts = {**self.networks, "ema": self.ema, **self.optimizers}
         self.parameters = {name: list(part.parameters()) for name, part in self.parts.items()

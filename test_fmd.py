@@ -157,9 +157,7 @@ def test_correction_gradient_is_zero_at_the_truth_and_points_away_from_it():
     assert fmd.correction_gradient(u(x_r, r), u, x_r, r).abs().max() == 0
     D_N = fmd.correction_gradient(gaussian_teacher(b)(x_r, r), u, x_r, r)
     variance = (1 - r) ** 2 * S**2 + r**2
-    torch.testing.assert_close(
-        D_N, column(b * r / variance).expand_as(x_r)
-    )  # of b's sign: descent goes back
+    torch.testing.assert_close(D_N, column(b * r / variance).expand_as(x_r))  # of b's sign: descent goes back
 
 
 def test_correction_descends_the_kl_between_noised_laws():
@@ -593,7 +591,8 @@ def test_a_group_shares_its_conditioning(tokens):
         fmd.guided(network, gamma)(x, t, y), fmd.guided(network, each[2])(x, *each[:2])
     )
     torch.testing.assert_close(
-        fmd.ode_step(network, x, t, t / 2, "rk4", y), fmd.ode_step(network, x, each[0], each[0] / 2, "rk4", each[1])
+        fmd.ode_step(network, x, t, t / 2, "rk4", y),
+        fmd.ode_step(network, x, each[0], each[0] / 2, "rk4", each[1]),
     )
     student = small(fmd.FlowMap, input_size=side, guidance=True)
     torch.testing.assert_close(student.map(x, t, y, gamma), student.map(x, *each))
@@ -622,7 +621,13 @@ def test_losses_in_groups_equal_those_of_single_samples(group_size):
 
 def test_regression_pairs_and_their_loss():
     config = fmd.Config(
-        method="regression", batch_size=16, group_size=4, steps=3, decay=0.0, guidance_max=3.0, label_dropout=0.3
+        method="regression",
+        batch_size=16,
+        group_size=4,
+        steps=3,
+        decay=0.0,
+        guidance_max=3.0,
+        label_dropout=0.3,
     )
     start = small().float()
     rival = fmd.make_distiller(start, config)
@@ -742,6 +747,8 @@ def test_draws_are_pure_and_as_described():
     assert (delta * 3000).ceil().unique().numel() > 2990  # one in each of even parts
     assert (0 < h).all() and (h <= delta).all() and 0.24 < h.max() <= config.step_size
     assert h[delta > 0.25].min() >= config.step_size / 2
+    crowded = fmd.draw_prior((2, 1, 1), 5, dataclasses.replace(config, delta_power=1.5), 7)["delta"][:3000]
+    assert crowded.mean().item() == pytest.approx(0.6, abs=0.005)  # 1 - E[U^1.5]
     logit = torch.logit(batch["r"])
     assert abs(logit.mean() - 0.8) < 0.1 and abs(logit.std() - 1) < 0.08
     assert abs((batch["n"] * batch["z"][3000:]).mean()) < 0.06  # independent noises
@@ -781,6 +788,28 @@ def test_average_of_the_weights_by_hand():
         average = decay * average + (1 - decay) * weights[-1]
         assert state.ema.weight.item() == pytest.approx(average, rel=1e-5)
     assert len(weights) == 5 and weights == sorted(weights, reverse=True)
+
+
+def test_which_weights_have_which_optimizer_and_rate():
+    config = fmd.Config(optimizer="muon", learning_rate=0.1, critic_learning_rate=0.3, warmup=0, steps=10)
+    module = fmd.make_distiller(small().float(), config)
+    state = fmd.TrainState(module, config)
+    state.step = 5
+    state.set_learning_rates()
+    rates = {}
+    for name, optimizer in state.optimizers.items():
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                assert p not in rates
+                rates[p] = name, group["lr"]
+    names = {p: name for name, p in module.named_parameters() if not name.startswith("teacher.")}
+    assert rates.keys() == names.keys()
+    for p, name in names.items():
+        matrix = name.startswith("network.") and re.search(r"blocks.*\.fc[12]\.weight", name)
+        rate = 0.15 if name.startswith("critic.") else 0.05
+        assert rates[p] == ("muon" if matrix else "adamw", pytest.approx(rate)), name
+    plain = fmd.TrainState(module, dataclasses.replace(config, optimizer="adamw"))
+    assert plain.optimizers.keys() == {"adamw"}
 
 
 def test_learning_rate_rises_and_falls():
@@ -1189,6 +1218,28 @@ def test_overwriting_leaves_no_student_of_the_run_that_was_replaced(finished, tm
     assert_equal_runs(tmp_path, tmp_path / "fresh")
 
 
+def test_threads_are_no_more_than_asked_for(tmp_path):
+    torch.set_num_threads(2)
+    try:
+        run("--out", tmp_path, "--threads", "1", *TINY)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(1)
+    assert json.loads((tmp_path / "metrics.json").read_text())["threads"] == 1
+
+
+def test_regression_end_to_end_and_resumed(finished, tmp_path):
+    flags = ["--stage", "distill", "--teacher", finished / "teacher.pt", "--method", "regression", *TINY]
+    run(*flags, "--out", tmp_path / "a")
+    metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    assert metrics["config"]["method"] == "regression" and "coverage" in metrics
+    run(*flags, "--out", tmp_path / "b", "--checkpoint-interval", "4")
+    checkpoint = torch.load(tmp_path / "a" / "student.pt", weights_only=True)
+    again = torch.load(tmp_path / "b" / "student.pt", weights_only=True)
+    assert all(torch.equal(checkpoint["ema"][k], again["ema"][k]) for k in again["ema"])
+    assert not any(k.startswith(("z", "phi")) for k in checkpoint["buffers"])  # pairs are solved again
+
+
 def test_a_folder_that_was_moved_goes_on(finished, tmp_path):
     run("--out", tmp_path / "a", *TINY)
     (tmp_path / "a").rename(tmp_path / "b")
@@ -1300,6 +1351,8 @@ BAD_COMMANDS = [
     (["--learning-rate", "inf"], "--learning-rate"),
     (["--learning-rate", "-1"], "--learning-rate"),
     (["--correction-share", "1.5"], "--correction-share"),
+    (["--batch-size", "100"], "multiple of --group-size 8"),
+    (["--batch-size", "8"], "--batch-size 8 cannot be split"),
     (["--hidden-size", "30"], "--hidden-size"),
     (["--exact-teacher"], "gaussians"),
     (["--exact-teacher", "--toy", "moons"], "gaussians"),
