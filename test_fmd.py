@@ -1040,6 +1040,19 @@ def finished(tmp_path_factory):
     return out
 
 
+def test_the_teachers_batch_goes_in_groups_of_one_label():
+    config = fmd.Config(**{**fmd.PRESETS["toy2d"], "teacher_batch_size": 80})
+    batch = fmd.draw_data(fmd.ToyData("checkerboard"), config, 0)
+    assert len(batch["x"]) == len(batch["n"]) == 80 and len(batch["t"]) == len(batch["y"]) == 10
+    x, y = fmd.ToyData("checkerboard").draw(80, fmd.generator(0), 8)
+    column, row = (x[:, :, 0, 0] + 2).floor().long().T
+    cell = 2 * row + (column - row % 2) // 2  # the cells, numbered row by row
+    assert torch.equal(cell, y.repeat_interleave(8))
+    # 75 % and 25 %, in whole groups
+    assert fmd.Config(batch_size=48, group_size=8).corrections == 16
+    assert fmd.evaluations_per_step(fmd.Config(batch_size=48, group_size=8)) == 32 * 4 + 16
+
+
 def test_the_default_command_end_to_end(finished):
     assert {p.name for p in finished.iterdir()} == {
         "teacher.pt",
@@ -1114,7 +1127,7 @@ def test_distillation_from_a_file_touches_no_data(finished, tmp_path, monkeypatc
     for name in ("a", "b"):
         assert not (tmp_path / name / "teacher.pt").exists()
         metrics = json.loads((tmp_path / name / "metrics.json").read_text())
-        assert "coverage" not in metrics
+        assert metrics["coverage"].keys() == {"teacher", "student"}
         assert all(
             torch.equal(v, weights(finished / "student.pt")[k])
             for k, v in weights(tmp_path / name / "student.pt").items()
