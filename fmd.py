@@ -110,7 +110,7 @@ class Config:
     batch_size: int = option(256, "samples a step of the student", 1)
     learning_rate: float = option(1e-4, "peak", 0)
     prediction: str = option("step", "form of the derivative", choices=["step", "jvp", "difference"])
-    delta_power: float = option(1.0, "delta = 1 - U(0, 1)^delta_power; above 1: more near the data", 0.1)
+    delta_power: float = option(1.0, "delta = 1 - U(0, 1)^delta_power; above 1: more near 1, the data", 0.1)
     step_size: float = option(0.25, "longest teacher step of the form 'step'", 1e-4, 1)
     difference_size: float = option(0.005, "half-width of the form 'difference'", 1e-5, 0.5)
     decay: float = option(0.5, "k: D_G is divided by (||D_G||^2/d + eps)^k", 0, 1)
@@ -152,7 +152,8 @@ class Config:
             need(getattr(self, name) % self.group_size == 0,
                  f"{flag(name)} {getattr(self, name)}: give a multiple of --group-size {self.group_size}")
         need(self.correction_share in (0, 1) or 0 < self.corrections < self.batch_size,
-             f"--batch-size {self.batch_size} cannot be split by --correction-share {self.correction_share}")
+             f"--batch-size {self.batch_size} cannot be split by --correction-share {self.correction_share} "
+             f"into whole groups of --group-size {self.group_size}: give a larger batch")
         need(self.guidance_min <= self.guidance_max, "--guidance-min is above --guidance-max: exchange them")
 
     @property
@@ -543,7 +544,8 @@ def squared_norm(D):
 def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp", h=0.005, F=None):
     """Predict: D_G = v_G - u(f, 1 - delta) [9], v_G = d f / d delta being the student's generating velocity.
 
-    D_G is constant, shaped as z, and 0 for all z and delta if and only if f is the teacher's flow map.
+    D_G is constant, shaped as z, and 0 for all z and delta if and only if f is the teacher's flow map, up to
+    the error of a difference or of a step.
     F: F(z, delta) if it is known already. Raises ValueError for any form but these three, which agree as h, a
     number or (B,), goes to 0:
         jvp         v_G = F + delta dF/ddelta [7], by forward-mode differentiation
