@@ -21,6 +21,9 @@ them, each for a group of B / G samples in a row, for which the network then com
     python fmd.py --out runs/toy2d --resume                  # go on after Ctrl-C
     python fmd.py --stage distill --teacher runs/toy2d/teacher.pt --prediction jvp
     python fmd.py --stage sample --out runs/toy2d --samples 1000 --classes 0,3
+    python fmd.py --dataset mnist --quick                    # digits, with labels and guidance, on two cores
+    python fmd.py --stage sample --out runs/mnist --guidance 4 --classes 3,8
+    python fmd.py --stage search --out runs/mnist --reward symmetric
 
 Read on from the top. Section 5 is the paper; the rest makes it run.
 """
@@ -51,6 +54,8 @@ import torch.nn.functional as nnf  # not F: that is the student's average veloci
 from matplotlib.animation import FuncAnimation, PillowWriter
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torchvision import datasets
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 
@@ -82,7 +87,7 @@ class Config:
     """Every setting of a run. Raises UserError (exit status 2) for a value out of its range."""
 
     # what to learn
-    dataset: str = option("toy2d", "which preset", choices=["toy2d"])
+    dataset: str = option("toy2d", "which preset", choices=["toy2d", "mnist", "cifar10"])
     toy: str = option("checkerboard", "checkerboard, gaussians, moons, spirals, rings, or a file POINTS.npy")
     exact_teacher: bool = option(False, "distill the closed-form velocity of --toy gaussians")
     seed: int = option(0, "decides everything random", 0)
@@ -98,6 +103,7 @@ class Config:
     ema_decay: float = option(0.995, "of the average of the weights, which is what is kept and scored", 0, 1)
     clip: float = option(1.0, "largest gradient norm, of each network by itself", 1e-12)
     label_dropout: float = option(0.1, "share of labels replaced by the null label", 0, 1)
+    flip: bool = option(False, "mirror half of the pictures of the data")
     # teacher: flow matching
     teacher_steps: int = option(3000, "training steps of the teacher", 1)
     teacher_batch_size: int = option(256, "samples a step of the teacher", 1)
@@ -121,12 +127,19 @@ class Config:
     critic_learning_rate: float = option(1e-4, "peak; the critic has to keep up with the student", 0)
     r_location: float = option(0.8, "r = sigmoid(N(r_location, r_scale^2)), in the correction")
     r_scale: float = option(1.0, "see r_location", 0)
+    # guidance, of the teacher in both
     guidance_min: float = option(1.0, "the student is trained for guidance strengths from here", 0)
     guidance_max: float = option(1.0, "... to here; both 1: no guidance", 0)
+    guidance_interval: tuple = option((0.0, 1.0), "guidance acts for t from here to there", 0, 1)
+    correction_interval: tuple = option((0.0, 1.0), "the same, in the correction", 0, 1)
     # measuring and keeping
+    guidance: float = option(0.0, "strength of samples and scores; 0: the smallest trained for", 0)
+    score_labels: bool = option(True, "sample and score labels in turn, not the unlabelled model")
     threads: int = option(0, "of the CPU, at most; 0: as many as torch takes", 0)
     solver_steps: int = option(64, "RK4 steps to the teacher's endpoints", 1)
-    eval_samples: int = option(20000, "samples behind the figures of metrics.json", 2)
+    eval_samples: int = option(20000, "samples of each set behind SW2", 2)
+    eval_paths: int = option(1000, "noises whose paths are compared; half of them for the progress bar", 2)
+    eval_batch_size: int = option(4000, "samples a call when measuring", 1)
     log_interval: int = option(50, "steps between lines of metrics.jsonl", 1)
     eval_interval: int = option(250, "steps between endpoint errors in the progress bar", 1)
     checkpoint_interval: int = option(500, "steps between checkpoints", 1)
@@ -140,9 +153,13 @@ class Config:
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
             choices = f.metadata["choices"] or [value]
             need(value in choices, f"{flag(f.name)} {value}: choose from {', '.join(map(str, choices))}")
-            need(isinstance(value, str) or low <= value <= high and math.isfinite(value),
-                 f"{flag(f.name)} {value}: give a finite number from {low} to {high}")
-        need(self.toy in TOYS or self.toy.endswith(".npy"),
+            for v in value if isinstance(value, tuple) else [value]:
+                need(isinstance(v, str) or low <= v <= high and math.isfinite(v),
+                     f"{flag(f.name)} {v}: give a finite number from {low} to {high}")
+            need(not isinstance(value, tuple) or len(value) == 2 and value[0] <= value[1],
+                 f"{flag(f.name)}: give two numbers, the smaller one first")
+        need(not self.toy or self.dataset == "toy2d", f"--toy {self.toy}: --dataset {self.dataset} has no toys")
+        need(self.toy in TOYS or self.toy.endswith(".npy") or self.dataset != "toy2d",
              f"--toy {self.toy}: choose from {', '.join(TOYS)}, or name an .npy file of points")
         need(self.toy == "gaussians" or not self.exact_teacher,
              f"--exact-teacher: only --toy gaussians has a closed form, {self.toy} has none")
@@ -155,6 +172,9 @@ class Config:
              f"--batch-size {self.batch_size} cannot be split by --correction-share {self.correction_share} "
              f"into whole groups of --group-size {self.group_size}: give a larger batch")
         need(self.guidance_min <= self.guidance_max, "--guidance-min is above --guidance-max: exchange them")
+        need(self.guidance == 0 or self.guidance_min <= self.guidance <= self.guidance_max,
+             f"--guidance {self.guidance}: the student is trained for strengths from {self.guidance_min} to "
+             f"{self.guidance_max}; give one of them")
 
     @property
     def corrections(self):
@@ -165,12 +185,31 @@ class Config:
     def is_guided(self):
         return (self.guidance_min, self.guidance_max) != (1.0, 1.0)
 
+    @property
+    def strength(self):
+        """Guidance strength of samples and scores; None without guidance."""
+        return (self.guidance or self.guidance_min) if self.is_guided else None
+
 
 # What differs from the defaults. label_dropout: a toy is scored without labels, and with one label in ten
 # dropped the unlabelled model would get a tenth of the training (README, "Differences from the paper").
-PRESETS = {"toy2d": dict(label_dropout=0.75, t_location=-0.8, group_size=8, optimizer="muon", threads=2,
-                         teacher_steps=1000, teacher_batch_size=512, teacher_learning_rate=8e-3,
-                         steps=1200, learning_rate=8e-3, critic_learning_rate=1.6e-2, delta_power=1.5)}
+PICTURES = dict(toy="", guidance_max=4.0, guidance=2.0, guidance_interval=(0.0, 1.0), patch_size=2,
+                correction_interval=(0.0, 0.7), hidden_size=384, depth=12, num_heads=6, eval_samples=5000,
+                eval_paths=256, eval_batch_size=250, solver_steps=32, checkpoint_interval=1000)
+PRESETS = {
+    "toy2d": dict(label_dropout=0.75, t_location=-0.8, group_size=8, optimizer="muon", threads=2,
+                  teacher_steps=1000, teacher_batch_size=512, teacher_learning_rate=8e-3, steps=1200,
+                  learning_rate=8e-3, critic_learning_rate=1.6e-2, delta_power=1.5, score_labels=False),
+    "mnist": dict(PICTURES, teacher_steps=20000, steps=20000),
+    "cifar10": dict(PICTURES, teacher_steps=200000, steps=100000, flip=True),
+}
+# With --quick: minutes on two cores.
+QUICK_PICTURES = dict(hidden_size=128, depth=4, num_heads=4, patch_size=4, teacher_steps=2500, steps=1000,
+                      teacher_batch_size=64, batch_size=64, optimizer="muon", teacher_learning_rate=2e-3,
+                      learning_rate=1e-3, critic_learning_rate=1e-3, eval_samples=500, eval_paths=128,
+                      solver_steps=16)
+QUICK = {"toy2d": dict(teacher_steps=300, steps=300, eval_samples=4000),
+         "mnist": QUICK_PICTURES, "cifar10": QUICK_PICTURES}
 
 
 def generator(*key):
@@ -179,12 +218,12 @@ def generator(*key):
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
-TEACHER, STUDENT, NETWORK, EVALUATION, SAMPLING, PAIRS = range(1, 7)  # streams
+TEACHER, STUDENT, NETWORK, EVALUATION, SAMPLING, PAIRS, SEARCH = range(1, 8)  # streams
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 2. Data
-# A toy is a skeleton and some blur: pick a label, then a place v on its skeleton, a curve, a cell or a point.
+# Pictures come from torchvision. A toy is a skeleton and some blur: pick a label, then a place v on its skeleton, a curve, a cell or a point.
 # The skeleton also tells which samples lie outside the toy, and in which of its parts the others are.
 
 
@@ -240,6 +279,50 @@ class ToyData:
             return self.points[torch.randint(len(self.points), (n,), generator=generator), :, None, None], y
         x = self.toy.skeleton(y.repeat_interleave(group), torch.rand(n, 2, generator=generator))
         return (x + self.toy.blur * torch.randn(n, 2, generator=generator))[:, :, None, None], y
+
+
+class PictureData:
+    """MNIST or CIFAR-10 through torchvision, from `folder`, into which it is downloaded if it is not there.
+    draw(n, generator) gives pictures (n, C, H, W) in [-1, 1] and labels, one for every `group` pictures in a
+    row. Raises UserError for files that are wrong, cut off or not to be had."""
+
+    num_classes = 10
+
+    def __init__(self, name, folder, flip=False):
+        source, self.flip = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}[name], flip
+        try:
+            try:
+                found = source(folder, train=True)
+            except RuntimeError as e:
+                if "not found" not in str(e):
+                    raise
+                found = source(folder, train=True, download=True)
+            x, y = torch.as_tensor(found.data), torch.as_tensor(found.targets)
+            if len(x) != len(y) or len(y) < 1 or y.max() >= self.num_classes or x.shape[1] != x.shape[2]:
+                raise ValueError(f"{len(x)} pictures, {len(y)} labels")
+        except (OSError, RuntimeError, ValueError, AssertionError, KeyError, EOFError, pickle.PickleError) as e:
+            raise UserError(f"{name} in {folder} is not whole and cannot be downloaded ({e}): delete what is "
+                            "there and go online, or put its files there by hand, or name another --data") from e
+        order = y.argsort(stable=True)
+        self.x, self.y = x[order].unsqueeze(-1).flatten(3).permute(0, 3, 1, 2), y[order]  # (N, C, H, W), uint8
+        self.count = self.y.bincount(minlength=self.num_classes)
+        self.first, self.shape = self.count.cumsum(0) - self.count, tuple(self.x.shape[1:])
+
+    def draw(self, n, generator, group=1):
+        y = self.y[torch.randint(len(self.y), (n // group,), generator=generator)]
+        k = y.repeat_interleave(group)
+        x = self.x[self.first[k] + (torch.rand(n, generator=generator) * self.count[k]).long()] / 127.5 - 1
+        if self.flip:
+            x = torch.where(torch.rand(n, 1, 1, 1, generator=generator) < 0.5, x, x.flip(3))
+        return x, y
+
+
+def open_data(config, folder):
+    """The data of config.dataset, for the teacher. Raises UserError."""
+    data = ToyData(config.toy) if config.toy else PictureData(config.dataset, folder, config.flip)
+    if data.shape[1] % config.patch_size:
+        raise UserError(f"--patch-size {config.patch_size} does not divide the side {data.shape[1]}", 2)
+    return data
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -374,7 +457,10 @@ class DiT(nn.Module):
     def from_teacher(cls, teacher, guidance=False):
         """A network of this class with the teacher's weights; an input for guidance changes nothing yet."""
         network = cls(**{**teacher.settings, "guidance": guidance})
-        network.load_state_dict(teacher.state_dict(), strict=False)  # only guidance_embedder may be missing
+        tensors = teacher.state_dict()
+        for name in ("weight", "bias") if guidance else ():  # what is random there begins as that of the times
+            tensors.setdefault(f"guidance_embedder.mlp.0.{name}", tensors[f"t_embedder.mlp.0.{name}"])
+        network.load_state_dict(tensors, strict=False)  # the rest of guidance_embedder may be missing: zeros
         return network.to(teacher.pos_embed.device)
 
     def forward(self, x, t, y=None, guidance=None):
@@ -618,7 +704,7 @@ class Distiller(nn.Module):
         return loss, figures
 
     def predict(self, F, z, delta, y, guidance, h):
-        c, u = self.config, guided(self.teacher, guidance)
+        c, u = self.config, guided(self.teacher, guidance, self.config.guidance_interval)
         D_G = prediction_gradient(self.network, u, z, delta, y, guidance, c.prediction, h, F)
         size = squared_norm(D_G)
         if c.prediction == "step":
@@ -630,7 +716,8 @@ class Distiller(nn.Module):
         x_r = noised(x, n, r)
         v_N = self.critic(x_r, r, y, guidance)
         critic = (v_N - (x - n)).square().mean()  # flow matching, on the student's samples
-        D_N = correction_gradient(v_N, guided(self.teacher, guidance), x_r, r, y)
+        u = guided(self.teacher, guidance, self.config.correction_interval)
+        D_N = correction_gradient(v_N, u, x_r, r, y)
         return (F * D_N).mean(), critic, squared_norm(D_N).sqrt().mean(), squared_norm(D_N).mean()
 
 
@@ -678,10 +765,16 @@ def draw_prior(shape, num_classes, config, step):
     batch = draw_noise(shape, num_classes, c, c.batch_size, g)
     uniform = (torch.arange(p) + torch.rand(p, generator=g)) / max(p, 1)  # one in each of even parts
     delta = (1 - uniform**c.delta_power).clamp(min=1e-3)  # nearer to 0 a difference has no digits left
-    batch["delta"] = torch.cat([delta, torch.ones(m)])
-    batch["h"] = torch.full_like(delta, c.difference_size)
+    h = torch.full_like(delta, c.difference_size)
     if c.prediction == "step":
-        batch["h"] = torch.minimum(c.step_size * (0.5 + 0.5 * torch.rand(p, generator=g)), delta)
+        h = torch.minimum(c.step_size * (0.5 + 0.5 * torch.rand(p, generator=g)), delta)
+    for t in c.guidance_interval if c.is_guided else ():  # there u jumps, which nothing may straddle:
+        if 0 < t < 1:
+            edge, gap = 1 - t, c.difference_size + 1e-4
+            delta = torch.where((delta - edge).abs() < gap, edge + gap * (delta - edge).sign(), delta).clamp(0, 1)
+            if c.prediction == "step":  # a step begins behind it
+                h = torch.where((delta - h < edge) & (edge < delta), delta - edge - 1e-4, h)
+    batch["delta"], batch["h"] = torch.cat([delta, torch.ones(m)]), h
     batch["r"] = torch.sigmoid(c.r_location + c.r_scale * torch.randn(m, generator=g))
     batch["n"] = torch.randn(c.corrections, *shape, generator=g)
     return batch
@@ -705,7 +798,7 @@ class Regression(nn.Module):
         pairs = draw_noise(student.shape, student.num_classes, config, n, generator(config.seed, PAIRS))
         self.z, self.y, self.guidance = (v if v is None else v.to(student.pos_embed.device)
                                          for v in (pairs["z"], pairs["y"], pairs.get("guidance")))
-        self.phi = solve_ode(guided(teacher, self.guidance), self.z, 8, "rk4", self.y)
+        self.phi = solve_ode(guided(teacher, self.guidance, config.guidance_interval), self.z, 8, "rk4", self.y)
 
     def draw(self, step):
         g, n = generator(self.config.seed, STUDENT, step), self.config.batch_size // self.config.group_size
@@ -933,6 +1026,12 @@ def run_stage(kind, module, draw, config, out, resume=None, score=None, **extra)
 # 7. Evaluation
 
 
+def in_batches(size, f, z, y=None, dim=0):
+    """f(z, y), computed `size` samples at a time: memory stays small, and caches are used."""
+    labels = [None] * len(z) if y is None else y.split(size)
+    return torch.cat([f(*pair) for pair in zip(z.split(size), labels)], dim)
+
+
 @torch.no_grad()
 def sample(student, n, y=None, guidance=None, generator=None):
     """n one-step samples f(z, 1), (n, C, H, W), by one call of the network. y, guidance: (n,) or None."""
@@ -948,6 +1047,74 @@ def student_path(student, z, points, y=None, guidance=None):
                         for i in range(points + 1)])
 
 
+def conditions(network, config, n):
+    """What n samples or scores are conditioned on: labels in turn, (n,), or None; the strength, (1,), or None."""
+    y, device = None, network.pos_embed.device
+    if config.score_labels and network.num_classes:
+        y = torch.arange(n, device=device) % network.num_classes
+    return y, None if config.strength is None else torch.full((1,), config.strength, device=device)
+
+
+REWARDS = {  # of samples (B, C, H, W), (B,)
+    "first": lambda x: x[:, 0].mean((1, 2)),  # how far to the right a point lies, how bright a picture is
+    "symmetric": lambda x: -(x - x.flip(3)).square().mean((1, 2, 3)),  # of pictures: left against right
+}
+
+
+@torch.no_grad()
+def search_noise(student, reward, n, y=None, guidance=None, generator=None, keep=1):
+    """The `keep` noises of n whose one-step samples have the largest reward, best first: (keep, C, H, W).
+
+    The paper's inference-time scaling: what the student finds in n evaluations is handed to the teacher, whose
+    sample from the same noise is nearly the same. reward: samples (n, C, H, W) -> (n,). y: (n,), of which the
+    kept noises have theirs, or (1,) for all, or None. Raises ValueError.
+    """
+    if not 0 < keep <= n:
+        raise ValueError(f"search_noise cannot keep {keep} of {n} noises")
+    device = student.pos_embed.device
+    z = torch.randn(n, *student.shape, generator=generator).to(device)
+    return z[reward(student.map(z, torch.ones(1, device=device), y, guidance)).topk(keep).indices]
+
+
+def search(student, start, config, out, name, trials=64, budgets=(1, 2, 3, 5, 9)):
+    """Reward against evaluations: a noise that the student ranked first, given to the teacher, beside the best
+    of as many samples of the teacher as cost the same. Prints a table, writes search.json and search.png."""
+    c, reward, steps = config, REWARDS[name], 16
+    labels, strength = conditions(start, c, trials)
+    u = guided(make_teacher(start, c), strength, c.guidance_interval)
+    cost, g = steps * EVALUATIONS["heun"] * (1 + c.is_guided), generator(c.seed, SEARCH)
+    batched = functools.partial(in_batches, c.eval_batch_size)
+
+    def ends(z, y):
+        return batched(lambda z, y: solve_ode(u, z, steps, "heun", y), z, y)
+
+    most = max(budgets)
+    z = torch.randn(trials * most, *start.shape, generator=g).to(start.pos_embed.device)
+    y = None if labels is None else labels.repeat_interleave(most)
+    rewards = reward(ends(z, y)).view(trials, most)
+    guesses = reward(batched(lambda z, y: student_path(student, z, 1, y, strength)[1], z, y))
+    same = torch.corrcoef(torch.stack([guesses, rewards.flatten()]))[0, 1].item()
+    table = []
+    for k in budgets:
+        n = (k - 1) * cost  # what is left for the student when the teacher has drawn once
+        best = z.view(trials, most, *start.shape)[:, 0]
+        if n:
+            ys = [None if labels is None else labels[i:i + 1] for i in range(trials)]
+            best = torch.cat([search_noise(student, reward, n, y, strength, g) for y in ys])
+        ranked, plain = reward(ends(best, labels)), rewards[:, :k].amax(1)
+        table.append(dict(evaluations=k * cost, **{
+            f"{kind}{what}": value for kind, v in (("student", ranked), ("teacher", plain))
+            for what, value in (("", v.mean().item()), ("_error", v.std().item() / trials**0.5))}))
+    print(f"reward '{name}', {trials} trials; on the same noises student and teacher correlate by {same:.3f}\n"
+          "evaluations   ranked by the student, drawn by the teacher   best of the teacher's")
+    for row in table:
+        print(f"{row['evaluations']:11}   {row['student']:17.3f} ± {row['student_error']:.3f}"
+              f"   {row['teacher']:31.3f} ± {row['teacher_error']:.3f}")
+    save_figure(plot_search(table, name), out / "search.png")
+    save(out / "search.json", lambda p: p.write_text(json.dumps(
+        dict(reward=name, trials=trials, correlation=same, table=table, seed=c.seed), indent=1) + "\n"))
+
+
 def relative_error(found, truth, reference=None):
     """sqrt(E||found - truth||^2 / E||s - mean s||^2), s being the reference or else the truth. 0 is exact; at
     1 the error is as wide as the reference."""
@@ -960,23 +1127,34 @@ def error_along_path(found, truth):
     return [relative_error(a, b, truth[-1]) for a, b in zip(found, truth)]
 
 
-def endpoint_error(student, teacher, z, y=None, guidance=None, steps=64):
+def endpoint_error(student, teacher, z, y=None, guidance=None, steps=64, interval=(0.0, 1.0)):
     """Relative error of f(z, 1) against the teacher's phi(z, 1), found by `steps` RK4 steps. z (B, C, H, W).
     Its floor is 0, up to the error of the solver."""
-    phi = solve_ode(guided(teacher, guidance), z, steps, "rk4", y)
+    phi = solve_ode(guided(teacher, guidance, interval), z, steps, "rk4", y)
     return relative_error(student_path(student, z, 1, y, guidance)[1], phi)
 
 
 def sliced_w2(a, b, projections=128):
     """Sliced 2-Wasserstein distance of two sets of samples of one shape (N, ...): root mean square, over
-    fixed random directions, of the distance between sorted projections. Raises ValueError.
+    fixed random directions, of the distance between sorted projections. A direction of pictures
+    (N, C, H, W) sees a random square of them, so that small features count as well. Raises ValueError.
 
     Two sets of one law are not 0 apart: their distance is the floor to compare with.
     """
-    a, b = a.flatten(1), b.flatten(1)
     if a.shape != b.shape:
         raise ValueError(f"sliced_w2 needs two sets of one shape, not {tuple(a.shape)} and {tuple(b.shape)}")
-    directions = nnf.normalize(torch.randn(a.shape[1], projections, generator=generator(0)), dim=0).to(a)
+    g, shape = generator(0), a.shape[1:]
+    directions = torch.randn(shape.numel(), projections, generator=g)
+    if len(shape) == 3:
+        C, H, W = shape
+        side = torch.randint(1, min(H, W) + 1, (projections,), generator=g)
+        (top, left), window = torch.rand(2, projections, generator=g), []
+        for length, corner in (H, top), (W, left):
+            inside = torch.arange(length)[:, None] - (corner * (length - side + 1)).long()
+            window.append((0 <= inside) & (inside < side))  # (length, projections)
+        directions *= (window[0][:, None] & window[1]).flatten(0, 1).repeat(C, 1)
+    directions = nnf.normalize(directions, dim=0).to(a)
+    a, b = a.flatten(1), b.flatten(1)
     return ((a @ directions).sort(0)[0] - (b @ directions).sort(0)[0]).square().mean().sqrt().item()
 
 
@@ -998,44 +1176,52 @@ def coverage(toy, x):
 
 
 def evaluate(student, start, config, out, files, data=None):
-    """Figures into metrics.json, pictures beside it; scores are of the unlabelled model.
+    """Figures into metrics.json, pictures beside it, all under conditions().
 
-    start: the teacher's network; files: both checkpoints; data: a ToyData, or None to compare with the
-    teacher only. metrics.json is written last: it says that a run is complete.
+    start: the teacher's network; files: both checkpoints; data: as open_data gives it, or None to compare
+    with the teacher only. metrics.json is written last: it says that a run is complete.
     """
-    n, device, steps = config.eval_samples, start.pos_embed.device, config.solver_steps
-    teacher = make_teacher(start, config)
-    z = torch.randn(2, n, *start.shape, generator=generator(config.seed, EVALUATION, 1)).to(device)
-    strength = torch.full((1,), config.guidance_min, device=device) if config.is_guided else None
-    few = z[0, :1000]
-    path = solve_ode(teacher, few, steps, "rk4", return_path=True)
-    jumps = student_path(student, few, steps, None, strength)
+    c, n, device, steps = config, config.eval_samples, start.pos_embed.device, config.solver_steps
+    batched, (y, strength) = functools.partial(in_batches, c.eval_batch_size), conditions(start, c, n)
+    u = guided(make_teacher(start, c), strength, c.guidance_interval)
+    z = torch.randn(2, n, *start.shape, generator=generator(c.seed, EVALUATION, 1)).to(device)
+    few = z[0, :c.eval_paths], None if y is None else y[:c.eval_paths]
+    path = batched(lambda z, y: solve_ode(u, z, steps, "rk4", y, True), *few, dim=1)
+    jumps = batched(lambda z, y: student_path(student, z, steps, y, strength), *few, dim=1)
     errors = error_along_path(jumps, path)
-    ends, others = (solve_ode(teacher, noise, 8, "rk4") for noise in z)  # to 1e-3 of the spread
-    sets = {"teacher": ends, "student": student_path(student, z[0], 1, None, strength)[1]}
+    ends, others = (batched(lambda z, y: solve_ode(u, z, 8, "rk4", y), noise, y) for noise in z)
+    sets = {"teacher": ends, "student": batched(lambda z, y: student_path(student, z, 1, y, strength)[1], z[0], y)}
     sw2, floor = sliced_w2(sets["student"], others), sliced_w2(ends, others)
     metrics = dict(
         endpoint_error=errors[-1], sw2=sw2, sw2_floor=floor, sw2_ratio=sw2 / floor, nfe=1,
-        teacher_nfe=steps * EVALUATIONS["rk4"], teacher_seconds=files["teacher"]["seconds"],
-        student_seconds=files["student"]["seconds"], seed=config.seed, device=str(device),
-        teacher_evaluations=evaluations_per_step(config) * files["student"]["step"],
-        threads=torch.get_num_threads(), versions=VERSIONS, config=dataclasses.asdict(config),
-        error_along_path=errors)
+        teacher_nfe=steps * EVALUATIONS["rk4"] * (1 + c.is_guided), guidance=c.strength,
+        teacher_seconds=files["teacher"]["seconds"], student_seconds=files["student"]["seconds"],
+        teacher_evaluations=evaluations_per_step(c) * files["student"]["step"], seed=c.seed,
+        device=str(device), threads=torch.get_num_threads(), versions=VERSIONS,
+        config=dataclasses.asdict(c), error_along_path=errors)
     if data:
-        sets = {"data": data.draw(n, generator(config.seed, EVALUATION, 2))[0], **sets}
-    if config.toy in TOYS:
-        metrics["coverage"] = {name: coverage(TOYS[config.toy], x) for name, x in sets.items()}
+        sets = {"data": data.draw(n, generator(c.seed, EVALUATION, 2))[0], **sets}
+    if c.toy in TOYS:
+        metrics["coverage"] = {name: coverage(TOYS[c.toy], x) for name, x in sets.items()}
     titles = {"teacher": f"teacher, {metrics['teacher_nfe']} evaluations", "student": "student, 1 evaluation"}
     save_figure(plot_samples({name: x[:4000] for name, x in sets.items()}, titles), out / "comparison.png")
-    save_figure(plot_paths(path, jumps), out / "paths.png")
+    save_figure(plot_paths(path, jumps) if is_plane(path) else plot_filmstrip(path, jumps), out / "paths.png")
     save_figure(plot_error({"student": errors}), out / "error.png")
     save_figure(plot_losses(read_log(out / "metrics.jsonl")), out / "losses.png")
     save_figure(animate_paths(path, jumps), out / "paths.gif")
+    if c.is_guided:
+        strengths = torch.linspace(c.guidance_min, c.guidance_max, 4, device=device)[:, None]
+        noise = z[0, :400 if is_plane(z) else 6]
+        labels = conditions(start, dataclasses.replace(c, score_labels=True), len(noise))[0]
+        rows = [[solve_ode(guided(make_teacher(start, c), gamma, c.guidance_interval), noise, 8, "rk4", labels),
+                 student_path(student, noise, 1, labels, gamma)[1]] for gamma in strengths]
+        figure = plot_guidance(*map(torch.stack, zip(*rows)), strengths.flatten().tolist())
+        save_figure(figure, out / "guidance.png")
     save(out / "metrics.json", lambda p: p.write_text(json.dumps(metrics, indent=1) + "\n"))
     print(f"endpoint error {errors[-1]:.4f} of the spread; SW2 {sw2 / floor:.3f} times its floor {floor:.4f} "
           f"in 1 evaluation instead of {metrics['teacher_nfe']}")
-    for name, c in metrics.get("coverage", {}).items():
-        print(f"{name:>8}: {c['outside']:6.2%} outside the toy; emptiest part {c['emptiest']:.2f} of its due")
+    for name, found in metrics.get("coverage", {}).items():
+        print(f"{name:>8}: {found['outside']:6.2%} outside the toy; emptiest part {found['emptiest']:.2f} of its due")
     print(f"pictures and metrics.json are in {out}")
 
 
@@ -1046,13 +1232,19 @@ def evaluate(student, start, config, out, files, data=None):
 COLORS = {"data": "#4d4d4d", "teacher": "#2166ac", "student": "#e08214", "critic": "#7b3294"}
 
 
-def panels(n, points, width):
+def is_plane(x):
+    """Whether x (..., C, H, W) are points of the plane, not pictures."""
+    return x.shape[-2:] == (1, 1)
+
+
+def panels(n, points, width, rows=1):
     """n square panels in a row with one view of the plane, which holds nearly all points (..., 2, 1, 1)."""
-    figure, axes = plt.subplots(1, n, figsize=(width * n, width + 0.4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(rows, n, figsize=(width * n, width * rows + 0.4), squeeze=False,
+                                layout="constrained")
     limit = 1.15 * points.abs().flatten().quantile(0.999).item()
-    for axis in axes[0]:
+    for axis in axes.flat:
         axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=[], yticks=[])
-    return figure, axes[0]
+    return figure, axes.flatten()
 
 
 def plane(x):
@@ -1060,12 +1252,65 @@ def plane(x):
     return x.flatten(1).cpu().numpy().T
 
 
+def grid(x, columns):
+    """Pictures (N, C, H, W) in [-1, 1], `columns` of them in a row -> one array for imshow."""
+    x = make_grid(x.cpu(), columns, padding=1, normalize=True, value_range=(-1, 1), pad_value=1)
+    return x.permute(1, 2, 0).numpy()
+
+
+def strip(rows, titles=(), size=0.8):
+    """Pictures in rows, [(name, (N, C, H, W))]; names in their colours at the left, titles over the columns."""
+    n, width = len(rows[0][1]), rows[0][1].shape[3] + 1
+    figure, axes = plt.subplots(len(rows), 1, figsize=(size * n + 0.9, size * len(rows) + 0.5), squeeze=False,
+                                layout="constrained")
+    for axis, (name, x) in zip(axes.flat, rows):
+        axis.imshow(grid(x, n), interpolation="nearest")
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+        axis.set_ylabel(name, color=COLORS.get(name, "black"), rotation=0, ha="right", va="center", fontsize=11)
+    axes[0, 0].set_xticks(*[[(i + 0.5) * width for i in range(len(titles))], titles] if titles else [[]])
+    axes[0, 0].tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
+    return figure
+
+
 def plot_samples(samples, titles=None):
-    """Sets of points side by side. samples: {"data" | "teacher" | "student": (N, 2, 1, 1)}."""
+    """Sets of samples. samples: {"data" | "teacher" | "student": (N, C, H, W)}. Points of the plane lie side by
+    side; of pictures the first forty, sets under each other, ten a row: one column is one noise."""
+    first = next(iter(samples.values()))
+    if not is_plane(first):
+        figure = strip([(name, x[i:i + 10]) for i in range(0, min(len(first), 40), 10)
+                        for name, x in samples.items()])
+        figure.suptitle(", ".join((titles or {}).get(name, name) for name in samples), fontsize=13)
+        return figure
     figure, axes = panels(len(samples), torch.cat([x.cpu() for x in samples.values()]), 4)
     for axis, (name, x) in zip(axes, samples.items()):
         axis.scatter(*plane(x), s=3, linewidths=0, alpha=0.6, color=COLORS[name])
         axis.set_title((titles or {}).get(name, name), fontsize=13)
+    return figure
+
+
+def plot_filmstrip(teacher_path, student_path, titles=None, lines=4):
+    """Pictures along the teacher's path and the student's f(z, delta) under them, (S, B, C, H, W): the first
+    `lines` noises at nine even times, or at all S under titles of their own."""
+    at = np.linspace(0, len(teacher_path) - 1, 9).round().astype(int)
+    if titles is None:
+        titles = [f"δ = {i / at[-1]:.2f}" for i in at]
+        teacher_path, student_path = teacher_path[at], student_path[at]
+    paths = {"teacher": teacher_path, "student": student_path}
+    return strip([(name, path[:, i]) for i in range(min(lines, teacher_path.shape[1]))
+                  for name, path in paths.items()], titles)
+
+
+def plot_guidance(teacher, student, strengths):
+    """Labelled samples at several strengths of guidance, a column each. teacher, student: (S, B, C, H, W)."""
+    titles = [f"strength {strength:.1f}" for strength in strengths]
+    if not is_plane(teacher):
+        return plot_filmstrip(teacher, student, titles, lines=6)
+    figure, axes = panels(len(titles), torch.cat([teacher, student]), 2.7, rows=2)
+    for i, axis in enumerate(axes):
+        name, column = ("teacher", "student")[i // len(titles)], i % len(titles)
+        axis.scatter(*plane((teacher, student)[i // len(titles)][column]), s=4, lw=0, color=COLORS[name])
+        axis.set_title(f"{name}, {titles[column]}", fontsize=11)
     return figure
 
 
@@ -1117,16 +1362,38 @@ def plot_losses(lines):
     return figure
 
 
+def plot_search(table, reward):
+    """Reward, with its standard error, against evaluations: the table of search()."""
+    figure, axis = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
+    for kind, label in ("student", "ranked by the student, drawn by the teacher"), ("teacher", "best of the teacher's"):
+        mean, error, cost = (np.array([row[k] for row in table]) for k in (kind, f"{kind}_error", "evaluations"))
+        axis.errorbar(cost, mean, error, lw=2.5, capsize=4, color=COLORS[kind], label=label)
+    axis.set(xlabel="evaluations for a sample", ylabel=f"reward '{reward}'", xscale="log", xticks=cost,
+             xticklabels=cost, title="What search buys")
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return figure
+
+
 def animate_paths(teacher_path, student_path, frames=20):
-    """Noise becoming data along both paths, (S, B, 2, 1, 1): an animation that rests on its last frame."""
-    figure, axes = panels(2, torch.cat([teacher_path, student_path]), 3.6)
+    """Noise becoming data along both paths, (S, B, C, H, W): an animation that rests on its last frame. Of
+    pictures it shows 36."""
+    figure, axes = panels(2, torch.cat([teacher_path[-1:], teacher_path[:1]]), 3.6)
     paths = {"teacher, ODE up to": teacher_path, "student, one jump to": student_path}
-    clouds = [axis.scatter([], [], s=4, lw=0, color=COLORS[name[:7]]) for axis, name in zip(axes, paths)]
+    if is_plane(teacher_path):
+        clouds = [axis.scatter([], [], s=4, lw=0, color=COLORS[name[:7]]) for axis, name in zip(axes, paths)]
+    else:
+        clouds = [axis.imshow(grid(path[0, :36], 6), extent=(*axis.get_xlim(), *axis.get_ylim()))
+                  for axis, path in zip(axes, paths.values())]
     steps = np.linspace(0, len(teacher_path) - 1, frames).round().astype(int).tolist()
 
     def show(i):
         for axis, cloud, (name, path) in zip(axes, clouds, paths.items()):
-            cloud.set_offsets(plane(path[i]).T)
+            if is_plane(path):
+                cloud.set_offsets(plane(path[i]).T)
+            else:
+                cloud.set_data(grid(path[i, :36], 6))
             axis.set_title(f"{name} δ = {i / (len(path) - 1):.2f}")
 
     return FuncAnimation(figure, show, frames=steps + steps[-1:] * 5, init_func=lambda: None)
@@ -1145,13 +1412,14 @@ def save_figure(figure, path):
 # 9. Command line
 
 STAGE_FILES = {"all": ["teacher.pt", "student.pt"], "teacher": ["teacher.pt", "student.pt"],
-               "distill": ["student.pt"], "sample": ["samples.npz"], "evaluate": ["metrics.json"]}
-FREE = {"threads", "log_interval", "eval_interval", "checkpoint_interval"}  # may change when a run is resumed
+               "distill": ["student.pt"], "sample": ["samples.npz"], "evaluate": ["metrics.json"],
+               "search": ["search.json"]}
+READING = ["sample", "evaluate", "search"]  # stages that read a student
+FREE = {"threads", "log_interval", "eval_interval", "checkpoint_interval", "eval_batch_size", "guidance"}
 
 
-def train_teacher(config, out, device, resume=None):
+def train_teacher(data, config, out, device, resume=None):
     """Stage 1: flow matching on the data. Returns the teacher's checkpoint."""
-    data = ToyData(config.toy)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(config.seed, NETWORK).initial_seed())
         network = DiT(data.shape[1], data.shape[0], data.num_classes, config.hidden_size, config.depth,
@@ -1162,38 +1430,40 @@ def train_teacher(config, out, device, resume=None):
 
 def train_student(start, config, out, teacher_file, resume=None):
     """Stage 2: distillation of `start` (or its closed form) from the prior alone. Returns the checkpoint."""
-    distiller, device = make_distiller(start, config), start.pos_embed.device
-    z = torch.randn(512, *start.shape, generator=generator(config.seed, EVALUATION, 0)).to(device)
-    strength = torch.full((1,), config.guidance_min, device=device) if config.is_guided else None
-    phi = solve_ode(make_teacher(start, config), z, config.solver_steps, "rk4")
+    c, distiller, n = config, make_distiller(start, config), max(2, config.eval_paths // 2)
+    z = torch.randn(n, *start.shape, generator=generator(c.seed, EVALUATION, 0)).to(start.pos_embed.device)
+    y, strength = conditions(start, c, n)
+    u = guided(make_teacher(start, c), strength, c.guidance_interval)
+    phi = in_batches(c.eval_batch_size, lambda z, y: solve_ode(u, z, c.solver_steps, "rk4", y), z, y)
 
     def score(student):
-        return relative_error(student_path(student, z, 1, None, strength)[1], phi)
+        return relative_error(student_path(student, z, 1, y, strength)[1], phi)
 
-    draw = functools.partial(draw_prior, start.shape, start.num_classes, config)
-    if config.method == "regression":
+    draw = functools.partial(draw_prior, start.shape, start.num_classes, c)
+    if c.method == "regression":
         draw = distiller.draw
     teacher = str(teacher_file.resolve())
-    return run_stage("student", distiller, draw, config, out, resume, score, teacher=teacher)
+    return run_stage("student", distiller, draw, c, out, resume, score, teacher=teacher)
 
 
-def write_samples(student, config, out, n, classes=None, strength=None, seed=0):
-    """One-step samples: samples.png, and samples.npz with arr_0 (n, 2) float and arr_1 (n,) int64 labels."""
-    y, guidance, device = None, None, student.pos_embed.device
+def write_samples(student, config, out, n, classes=None, seed=0):
+    """One-step samples: samples.png, and samples.npz with arr_1 (n,) int64 labels and arr_0, points (n, 2) in
+    float32 or pictures (n, H, W, C) in uint8, the layout of ADM's evaluation."""
+    y, strength = conditions(student, config, n)
     if classes:
         known = [str(label) for label in range(student.num_classes)]
         wanted = classes.split(",")
         if not set(wanted) <= set(known):
             raise UserError(f"--classes {classes}: this student knows {','.join(known) or 'no labels'}", 2)
-        y = torch.tensor([int(label) for label in wanted], device=device)[torch.arange(n) % len(wanted)]
-    if strength is not None and not config.guidance_min <= strength <= config.guidance_max:
-        raise UserError(f"--guidance {strength}: this student was trained for strengths from "
-                        f"{config.guidance_min} to {config.guidance_max}; give one of them", 2)
-    if config.is_guided:
-        guidance = torch.full((n,), config.guidance_min if strength is None else strength, device=device)
-    x = sample(student, n, y, guidance, generator(seed, SAMPLING)).cpu()
+        y = torch.tensor([int(label) for label in wanted], device=student.pos_embed.device)
+        y = y[torch.arange(n) % len(wanted)]
+    z = torch.randn(n, *student.shape, generator=generator(seed, SAMPLING)).to(student.pos_embed.device)
+    x = in_batches(config.eval_batch_size, lambda z, y: student_path(student, z, 1, y, strength)[1], z, y).cpu()
+    array = x.flatten(1)
+    if not is_plane(x):
+        array = (127.5 * (x + 1)).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
     labels = torch.full((n,), student.num_classes) if y is None else y.cpu()
-    save(out / "samples.npz", lambda p: np.savez(p, arr_0=x.flatten(1).numpy(), arr_1=labels.numpy()))
+    save(out / "samples.npz", lambda p: np.savez(p, arr_0=array.numpy(), arr_1=labels.numpy()))
     save_figure(plot_samples({"student": x}, {"student": f"{n} samples, 1 evaluation"}), out / "samples.png")
     print(f"{n} samples are in {out / 'samples.npz'}, a picture of them in {out / 'samples.png'}")
 
@@ -1213,9 +1483,11 @@ def make_parser():
     add("--resume", action="store_true", help="go on from the last checkpoint in --out, or start if none")
     add("--overwrite", action="store_true", help="replace what an earlier run left in --out")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto)")
+    add("--data", metavar="DIR", default="data", help="folder of MNIST and CIFAR-10 (default: data)")
+    add("--quick", action="store_true", help="a size that two cores train in minutes")
     add("--samples", type=int, default=4096, help="for --stage sample: how many (default: 4096)")
-    add("--classes", help="for --stage sample: labels, such as 0,1,2 (default: unlabelled)")
-    add("--guidance", type=float, help="for --stage sample: strength, of students that were trained with it")
+    add("--classes", help="for --stage sample: labels, such as 0,1,2 (default: as scored)")
+    add("--reward", default="first", choices=list(REWARDS), help="for --stage search: what is searched for")
     add("--debug", action="store_true", help="show where an error comes from")
     add = parser.add_argument_group("configuration").add_argument
     for f in dataclasses.fields(Config):
@@ -1223,6 +1495,8 @@ def make_parser():
         kind = dict(type=f.type, metavar=f.type.__name__.upper())
         if f.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
+        if f.type is tuple:
+            kind = dict(type=float, nargs=2, metavar=("LOW", "HIGH"))
         text = f"{f.metadata['help']} ({', '.join(defaults)})"
         add(flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
     return parser
@@ -1244,12 +1518,12 @@ def pick_folder(args, dataset):
         return Path(args.out or Path(args.student).parent)
     names = [Path("runs", dataset if i == 1 else f"{dataset}-{i}") for i in range(1, 10000)]
     free = next(i for i, name in enumerate(names) if not name.exists())
-    return names[free - 1 if free and (args.resume or args.stage in ("sample", "evaluate")) else free]
+    return names[free - 1 if free and (args.resume or args.stage in READING) else free]
 
 
 def settle(given, base, grows=()):
     """`base` with the flags that were given. What goes on must be what began: a flag that differs is refused,
-    unless it is FREE, or in `grows` and larger."""
+    unless it is FREE, which changes no training, or in `grows` and larger."""
     for name, value in given.items():
         old = getattr(base, name)
         if value != old and name not in FREE and not (name in grows and value > old):
@@ -1258,19 +1532,28 @@ def settle(given, base, grows=()):
     return dataclasses.replace(base, **given)
 
 
+def limit_threads(config):
+    """Have torch use config.threads at most."""
+    torch.set_num_threads(min(torch.get_num_threads(), config.threads or 1024))
+
+
 def run(args):
     """One command, from parsed arguments to files."""
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     dataset = given.get("dataset", "toy2d")
-    config = Config(**{**PRESETS.get(dataset, {}), **given})
+    if args.teacher and args.stage in ("all", "distill") and "dataset" not in given:
+        dataset = read_checkpoint(Path(args.teacher), "teacher")["config"].dataset
+    preset = {**PRESETS.get(dataset, {}), **(QUICK.get(dataset, {}) if args.quick else {})}
+    reads_student = args.stage in READING
+    if not reads_student:
+        config = Config(**{"dataset": dataset, **preset, **given})
     if args.samples < 1:
         raise UserError(f"--samples {args.samples}: give at least 1", 2)
-    reads_student = args.stage in ("sample", "evaluate")
     if args.student and not reads_student or args.teacher and args.stage in ("teacher", "sample"):
         wrong = "--student" if args.student and not reads_student else "--teacher"
         raise UserError(f"{wrong}: --stage {args.stage} has no use for it, leave it away", 2)
     device, out = pick_device(args.device), pick_folder(args, dataset)
-    torch.set_num_threads(min(torch.get_num_threads(), config.threads or 1024))
     for name in STAGE_FILES[args.stage]:
         if (out / name).exists() and not args.resume and not args.overwrite:
             raise UserError(f"{out / name} is there already: --resume goes on with it, --overwrite replaces "
@@ -1286,13 +1569,17 @@ def run(args):
         student = load_network(FlowMap, checkpoint, student_file, device)
         out.mkdir(parents=True, exist_ok=True)
         if args.stage == "sample":
-            return write_samples(student, checkpoint["config"], out, args.samples, args.classes,
-                                 args.guidance, config.seed)
+            config = settle({k: given[k] for k in given if k in FREE}, checkpoint["config"])
+            limit_threads(config)
+            return write_samples(student, config, out, args.samples, args.classes, given.get("seed", 0))
         teacher_file = teacher_of(checkpoint)
         teacher = read_checkpoint(teacher_file, "teacher")
         start, config = load_network(DiT, teacher, teacher_file, device), settle(given, checkpoint["config"])
+        limit_threads(config)
+        if args.stage == "search":
+            return search(student, start, config, out, args.reward)
         files = {"teacher": teacher, "student": checkpoint}
-        return evaluate(student, start, config, out, files, ToyData(config.toy))
+        return evaluate(student, start, config, out, files, ToyData(config.toy) if config.toy else None)
 
     # What is there already, and the settings to which it binds us.
     resume = {kind: read_checkpoint(out / f"{kind}.pt", kind)
@@ -1307,7 +1594,7 @@ def run(args):
         config = settle(given, resume["teacher"]["config"], ["steps", "teacher_steps"])
 
     if own_teacher:
-        data = ToyData(config.toy)  # before anything is replaced
+        data = open_data(config, args.data)  # before anything is replaced
     else:
         teacher = read_checkpoint(teacher_file, "teacher")
         start, data = load_network(DiT, teacher, teacher_file, device), None
@@ -1316,11 +1603,12 @@ def run(args):
         config = dataclasses.replace(config, **{k: getattr(teacher["config"], k) for k in names})
         if teacher["step"] < teacher["config"].teacher_steps:
             print(f"note: the training of {teacher_file} is unfinished")
+    limit_threads(config)
     out.mkdir(parents=True, exist_ok=True)
     for name in ["metrics.json"] + ["metrics.jsonl", "student.pt"] * (own_teacher and not args.resume):
         (out / name).unlink(missing_ok=True)  # of a run that goes on or is replaced
     if own_teacher:
-        teacher = train_teacher(config, out, device, resume["teacher"])
+        teacher = train_teacher(data, config, out, device, resume["teacher"])
         start = load_network(DiT, teacher, teacher_file, device)
     if args.stage == "teacher":
         return None

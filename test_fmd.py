@@ -4,20 +4,26 @@ python -m pytest -q test_fmd.py
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
+import pickle
 import re
 import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
+import sklearn.datasets
 import torch
+import torchvision
 
 import fmd
 
@@ -1564,3 +1570,318 @@ def test_readme_names_what_exists():
         assert hasattr(fmd, word), word
     for path in set(re.findall(r"\]\((assets/[^)]+)\)", text)):
         assert (Path(fmd.__file__).parent / path).exists(), path
+
+
+# ----------------------------------------------------------------------------------------------- small pictures
+
+
+def write_idx(folder, pictures, labels):
+    """MNIST's four files, (N, 28, 28) and (N,) uint8, as torchvision looks for them."""
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        head = np.array([2051, len(pictures), 28, 28], ">i4").tobytes()
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(head + pictures.tobytes())
+        head = np.array([2049, len(labels)], ">i4").tobytes()
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(head + labels.tobytes())
+    return raw
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A folder with scikit-learn's digits, 8 x 8, at MNIST's size and in its format; the pictures; the labels."""
+    found = sklearn.datasets.load_digits()
+    x = torch.as_tensor(found.images, dtype=torch.float32)[:, None]
+    x = torch.nn.functional.interpolate(x, (28, 28), mode="bilinear")[:, 0]
+    x, y = (x * 255 / 16).to(torch.uint8).numpy(), found.target.astype(np.uint8)
+    folder = tmp_path_factory.mktemp("data")
+    write_idx(folder, x, y)
+    return folder, x, y
+
+
+TINY_PICTURES = ["--dataset", "mnist", "--quick", "--patch-size", "7", "--hidden-size", "16", "--num-heads", "2"]
+TINY_PICTURES += ["--depth", "1", "--batch-size", "8", "--teacher-batch-size", "8", "--teacher-steps", "6"]
+TINY_PICTURES += ["--steps", "6", "--eval-samples", "30", "--eval-paths", "20", "--eval-batch-size", "16"]
+TINY_PICTURES += ["--solver-steps", "4", "--log-interval", "3", "--checkpoint-interval", "3", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def pictures(digits, tmp_path_factory):
+    out = tmp_path_factory.mktemp("pictures") / "run"
+    run("--data", digits[0], "--out", out, *TINY_PICTURES)
+    return out
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_digits_are_drawn_as_they_are(digits, group):
+    folder, x, y = digits
+    data = fmd.PictureData("mnist", folder)
+    drawn, labels = data.draw(2000, fmd.generator(0), group)
+    assert data.shape == (1, 28, 28) and drawn.shape == (2000, 1, 28, 28) and len(labels) == 2000 // group
+    labels = labels.repeat_interleave(group)
+    pixels = torch.round((drawn + 1) * 127.5).to(torch.uint8).flatten(1)
+    known = {picture.tobytes(): label for picture, label in zip(x, y)}
+    assert [known[p.numpy().tobytes()] for p in pixels] == labels.tolist()
+    assert len({p.numpy().tobytes() for p in pixels}) > 1000  # of 1797, in 2000 draws
+    found, due = labels.bincount(minlength=10) / 2000, np.bincount(y) / len(y)
+    np.testing.assert_allclose(found, due, atol=0.06 if group > 1 else 0.03)
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    """CIFAR-10 of 50 pictures in its own format, of whose md5 sums torchvision is told."""
+    folder, rng = tmp_path / "cifar-10-batches-py", np.random.default_rng(0)
+    folder.mkdir()
+    pixels, labels = rng.integers(0, 256, (50, 3072), dtype=np.uint8), (np.arange(50) % 10).tolist()
+    sums = {}
+    for name, content in (
+        ("data_batch_1", {"data": pixels, "labels": labels}),
+        ("test_batch", {"data": pixels, "labels": labels}),
+        ("batches.meta", {"label_names": list("abcdefghij")}),
+    ):
+        (folder / name).write_bytes(pickle.dumps(content))
+        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "train_list", [["data_batch_1", sums["data_batch_1"]]])
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+    meta = {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]}
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "meta", meta)
+    return tmp_path, pixels.reshape(50, 3, 32, 32), labels
+
+
+def test_cifar_is_drawn_as_it_is_and_mirrored(cifar):
+    folder, x, y = cifar
+    known = {picture.tobytes(): label for picture, label in zip(x, y)}
+    for flip in (False, True):
+        drawn, labels = fmd.PictureData("cifar10", folder, flip).draw(400, fmd.generator(1))
+        assert drawn.shape == (400, 3, 32, 32)
+        pixels = torch.round((drawn + 1) * 127.5).to(torch.uint8).numpy()
+        straight = [p.tobytes() in known for p in pixels]
+        assert 150 < sum(straight) < 250 if flip else all(straight)
+        for picture, label in zip(pixels, labels):
+            found = known.get(picture.tobytes(), known.get(picture[:, :, ::-1].tobytes()))
+            assert found == label
+
+
+@pytest.mark.parametrize("what", ["missing", "cut", "labels", "cifar"])
+def test_data_that_cannot_be_had_is_one_line(what, digits, cifar, tmp_path, monkeypatch, capsys):
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", offline)
+    folder, name = tmp_path / "elsewhere", "mnist"
+    if what == "cut":
+        path = write_idx(folder, digits[1], digits[2]) / "train-images-idx3-ubyte"
+        path.write_bytes(path.read_bytes()[:-1000])
+    if what == "labels":
+        write_idx(folder, digits[1], digits[2][:-5])
+    if what == "cifar":
+        path = cifar[0] / "cifar-10-batches-py" / "data_batch_1"
+        path.write_bytes(path.read_bytes()[:-1000])
+        folder, name = cifar[0], "cifar10"
+    flags = ["--dataset", name, "--data", folder, "--out", tmp_path / "out", "--quick"]
+    line = run(*flags, status=1, capsys=capsys)
+    assert line.startswith("fmd:") and str(folder) in line and "--data" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_step_and_no_difference_straddles_the_edge_of_an_interval():
+    for form, low, high in (("step", 0.2, 0.7), ("difference", 0.0, 0.7), ("jvp", 0.3, 1.0)):
+        config = fmd.Config(
+            batch_size=4000, prediction=form, guidance_max=2.0, guidance_interval=(low, high), correction_share=0.0
+        )
+        batch = fmd.draw_prior((2, 1, 1), 5, config, 0)
+        end, h = 1 - batch["delta"], batch["h"]
+        first, last = (end - h, end + h) if form == "difference" else (end, end + (h if form == "step" else 0))
+        for edge in (low, high):
+            if 0 < edge < 1:
+                assert ((last < edge) | (first > edge)).all()
+                assert ((end - edge).abs() < 0.1).float().mean() > 0.15  # and yet it is approached
+        assert (h > 0).all() and (0 < end + h).all() and (end >= 0).all() and (end + h <= 1.006).all()
+    free = dataclasses.replace(config, guidance_max=1.0, prediction="step")
+    batch = fmd.draw_prior((2, 1, 1), 5, free, 0)
+    assert (batch["h"] >= torch.minimum(batch["delta"], torch.tensor(0.125))).all()  # unguided: nothing to avoid
+
+
+def test_each_loss_asks_the_teacher_with_its_own_interval(monkeypatch):
+    asked, true = [], fmd.guided
+
+    def spy(teacher, guidance, interval=(0.0, 1.0)):
+        asked.append(interval)
+        return true(teacher, guidance, interval)
+
+    monkeypatch.setattr(fmd, "guided", spy)
+    config = fmd.Config(
+        batch_size=16, guidance_max=3.0, guidance_interval=(0.0, 0.6), correction_interval=(0.0, 0.3),
+        label_dropout=0.0, correction_share=0.5, prediction="jvp", decay=0.0,
+    )  # fmt: skip
+    start = small().float()
+    distiller = fmd.make_distiller(start, config)
+    batch = fmd.draw_prior(start.shape, start.num_classes, config, 0)
+    figures = distiller(batch)[1]
+    assert asked == [(0.0, 0.6), (0.0, 0.3)]
+    # by hand: at the start v_N is the teacher's own, so D_N is what guidance adds where it acts
+    z, n, y, r, gamma = batch["z"][8:], batch["n"], batch["y"][8:], batch["r"], batch["guidance"][8:]
+    with torch.no_grad():
+        x_r = column(1 - r) * (z + distiller.network(z, torch.ones(8), y)) + column(r) * n
+        added = column(torch.where(r <= 0.3, gamma - 1, 0.0)) * (start(x_r, r, y) - start(x_r, r))
+    assert figures["correction"].item() == pytest.approx(added.square().mean().item(), rel=1e-3)
+
+
+def test_the_solver_steps_over_the_edge_of_an_interval():
+    teacher = fmd.ExactTeacher(torch.tensor([[1.0, 0.5], [-1.0, 0.0]]), torch.tensor([0.5, 0.5]))
+    u, z, y = fmd.guided(teacher, 3.0, (0.0, 0.7)), noise(200, 2, 1, 1).float(), torch.arange(200) % 2
+    rough, fine = (fmd.solve_ode(u, z, steps, "rk4", y) for steps in (64, 2000))
+    assert fmd.relative_error(rough, fine) < 0.005
+
+
+def test_conditions_are_labels_in_turn_and_the_strength():
+    network = small()  # of 3 labels
+    y, strength = fmd.conditions(network, fmd.Config(guidance_max=3.0, guidance=2.0), 5)
+    assert y.tolist() == [0, 1, 2, 0, 1] and strength.tolist() == [2.0]
+    assert fmd.conditions(network, fmd.Config(guidance_min=1.5, guidance_max=3.0), 2)[1].tolist() == [1.5]
+    assert fmd.conditions(network, fmd.Config(score_labels=False), 5) == (None, None)
+    assert fmd.conditions(small(num_classes=0), fmd.Config(), 5) == (None, None)
+
+
+def test_in_batches_is_the_whole_in_pieces():
+    z, y, sizes = torch.randn(10, 2), torch.arange(10), []
+
+    def f(z, y):
+        sizes.append(len(z))
+        return z if y is None else z + y[:, None]
+
+    assert torch.equal(fmd.in_batches(4, f, z, y), z + y[:, None]) and sizes == [4, 4, 2]
+    assert torch.equal(fmd.in_batches(3, f, z), z)
+    assert fmd.in_batches(3, lambda z, y: torch.stack([z, z]), z, dim=1).shape == (2, 10, 2)
+
+
+def test_sliced_w2_of_pictures_sees_each_pixel_by_its_share():
+    a = torch.randn(50, 2, 4, 3)
+    squares = []
+    for pixel in range(24):
+        b = a.flatten(1).clone()
+        b[:, pixel] += 0.5
+        squares.append((fmd.sliced_w2(a, b.view_as(a)) / 0.5) ** 2)
+    assert sum(squares) == pytest.approx(1, rel=1e-3)  # directions have length 1
+    assert min(squares) > 0.2 / 24 and max(squares) < 3 / 24
+    one, other = torch.randn(2, 100, 2)  # a point of the plane is seen by all directions
+    assert fmd.sliced_w2(one, other) == fmd.sliced_w2(one[:, :, None, None], other[:, :, None, None])
+    # what differs in every pixel by itself, and in no sum of many, is found
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(1000, 1, 16, 16, generator=g), torch.randn(1000, 1, 16, 16, generator=g).sign()
+    assert fmd.sliced_w2(a, b) > 1.5 * fmd.sliced_w2(a.flatten(1), b.flatten(1))
+
+
+def test_search_ranks_noises_by_the_reward_of_their_samples():
+    student = small(fmd.FlowMap).float()
+    z = torch.randn(20, 2, 1, 1, generator=fmd.generator(4))
+    y = torch.arange(20) % 3
+    x = student.map(z, torch.ones(20), y).detach()
+    order = x[:, 0, 0, 0].argsort(descending=True)
+    found = fmd.search_noise(student, fmd.REWARDS["first"], 20, y, generator=fmd.generator(4), keep=3)
+    assert torch.equal(found, z[order[:3]])
+    one = fmd.search_noise(student, fmd.REWARDS["first"], 20, y[1:2], generator=fmd.generator(4))
+    assert torch.equal(one[0], z[student.map(z, torch.ones(20), y[1:2])[:, 0].flatten().argmax()])
+    with pytest.raises(ValueError, match="keep 3 of 2"):
+        fmd.search_noise(student, fmd.REWARDS["first"], 2, keep=3)
+
+
+def test_rewards_by_hand():
+    x = torch.tensor([[[[1.0, 3.0], [0.0, 0.0]]], [[[2.0, 2.0], [1.0, 1.0]]]])
+    assert fmd.REWARDS["first"](x).tolist() == [1.0, 1.5]
+    assert fmd.REWARDS["symmetric"](x).tolist() == [-2.0, 0.0]
+
+
+def test_search_stage(finished, tmp_path, capsys):
+    flags = ["--stage", "search", "--student", finished / "student.pt", "--out", tmp_path]
+    run(*flags)
+    found = json.loads((tmp_path / "search.json").read_text())
+    table = found["table"]
+    assert [row["evaluations"] for row in table] == [32, 64, 96, 160, 288] and (tmp_path / "search.png").exists()
+    assert table[0]["student"] == pytest.approx(table[0]["teacher"], rel=1e-5)  # one draw each, the same
+    plain = [row["teacher"] for row in table]
+    assert plain == sorted(plain) and -1 <= found["correlation"] <= 1
+    # the student began as the teacher, whose first jump points the right way: search must pay
+    assert table[4]["student"] > table[0]["student"] + 0.5 and found["correlation"] > 0.5
+    assert "288" in capsys.readouterr().out
+    assert "--overwrite" in run(*flags, status=2, capsys=capsys)
+
+
+def test_pictures_of_pictures_show_what_they_are_given():
+    path, other = torch.rand(9, 5, 1, 6, 6) * 2 - 1, torch.rand(9, 5, 1, 6, 6) * 2 - 1
+    figure = fmd.plot_filmstrip(path, other, lines=2)
+    shown = [axis.images[0].get_array() for axis in figure.axes]
+    assert len(shown) == 4 and [axis.get_ylabel() for axis in figure.axes] == ["teacher", "student"] * 2
+    for image, (source, line) in zip(shown, ((path, 0), (other, 0), (path, 1), (other, 1))):
+        for i in range(9):
+            tile = image[1:7, 1 + 7 * i : 7 + 7 * i, 0]
+            np.testing.assert_allclose(tile, (source[i, line, 0] + 1) / 2, atol=1e-5)
+    assert figure.axes[0].get_xticklabels()[4].get_text() == "δ = 0.50"
+    figure = fmd.plot_samples({"teacher": path[:, 0].repeat(3, 1, 1, 1), "student": other[:, 0].repeat(3, 1, 1, 1)})
+    assert len(figure.axes) == 6
+    np.testing.assert_allclose(figure.axes[3].images[0].get_array()[1:7, 1:7, 0], (other[1, 0, 0] + 1) / 2, atol=1e-5)
+    figure = fmd.plot_guidance(path[:3], other[:3], [1.0, 2.0, 4.0])
+    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == [f"strength {s:.1f}" for s in (1, 2, 4)]
+    points = torch.randn(2, 3, 7, 2, 1, 1)
+    figure = fmd.plot_guidance(points[0], points[1], [1.0, 2.0, 4.0])
+    offsets = figure.axes[4].collections[0].get_offsets()
+    np.testing.assert_allclose(offsets, points[1, 1].flatten(1), rtol=1e-6)
+    animation = fmd.animate_paths(path, other, frames=3)
+    animation._func(8)
+    last = [axis.images[0].get_array() for axis in animation._fig.axes]
+    np.testing.assert_allclose(last[1][1:7, 1:7, 0], (other[8, 0, 0] + 1) / 2, atol=1e-5)
+    matplotlib.pyplot.close("all")
+
+
+def test_pictures_end_to_end(pictures, digits, tmp_path, monkeypatch, capsys):
+    expected = "teacher.pt student.pt metrics.json metrics.jsonl comparison.png paths.png error.png losses.png"
+    assert {p.name for p in pictures.iterdir()} == {*expected.split(), "paths.gif", "guidance.png"}
+    metrics = json.loads((pictures / "metrics.json").read_text())
+    assert metrics["config"]["dataset"] == "mnist" and metrics["guidance"] == 2.0 and "coverage" not in metrics
+    assert metrics["teacher_nfe"] == 4 * 4 * 2 and metrics["teacher_evaluations"] == 6 * 2 * (6 * 4 + 2)
+    # the figures again, from the files
+    teacher, student = fmd.load_teacher(pictures / "teacher.pt"), fmd.load_student(pictures / "student.pt")
+    z, y = torch.randn(2, 30, 1, 28, 28, generator=fmd.generator(0, fmd.EVALUATION, 1)), torch.arange(30) % 10
+    error = fmd.endpoint_error(student, teacher, z[0, :20], y[:20], torch.tensor([2.0]), steps=4)
+    assert metrics["endpoint_error"] == pytest.approx(error, rel=1e-3)
+    u, two = fmd.guided(teacher, 2.0), torch.tensor([2.0])
+    jump, others = student.map(z[0], torch.ones(1), y, two), fmd.solve_ode(u, z[1], 8, "rk4", y)
+    assert metrics["sw2"] == pytest.approx(fmd.sliced_w2(jump.detach(), others), rel=1e-3)
+
+    # a teacher's file tells what it is of, and neither distillation nor evaluation looks at data
+    def refuse(*args):
+        raise AssertionError("touched the data")
+
+    monkeypatch.setattr(fmd.PictureData, "__init__", refuse)
+    run("--teacher", pictures / "teacher.pt", "--out", tmp_path / "a", *TINY_PICTURES[2:])
+    found, expected = weights(tmp_path / "a" / "student.pt"), weights(pictures / "student.pt")
+    assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in found)
+    run("--stage", "evaluate", "--out", pictures, "--overwrite", "--guidance", "1")
+    assert json.loads((pictures / "metrics.json").read_text())["guidance"] == 1.0
+
+    # samples: noise from the seed, labels as asked for, ADM's layout
+    flags = ["--stage", "sample", "--out", pictures, "--samples", "5", "--seed", "3", "--overwrite"]
+    run(*flags, "--classes", "7,2", "--guidance", "4")
+    found = np.load(pictures / "samples.npz")
+    assert found["arr_0"].shape == (5, 28, 28, 1) and found["arr_0"].dtype == np.uint8
+    assert found["arr_1"].tolist() == [7, 2, 7, 2, 7] and found["arr_1"].dtype == np.int64
+    z = torch.randn(5, 1, 28, 28, generator=fmd.generator(3, fmd.SAMPLING))
+    x = student.map(z, torch.ones(5), torch.tensor([7, 2, 7, 2, 7]), torch.full((5,), 4.0)).detach()
+    expected = torch.floor((127.5 * (x + 1)).clamp(0, 255)).permute(0, 2, 3, 1)
+    assert np.abs(found["arr_0"] - expected.numpy()).max() <= 1
+    run(*flags)
+    assert np.load(pictures / "samples.npz")["arr_1"].tolist() == [0, 1, 2, 3, 4]
+    assert "1.0 to 4.0" in run(*flags, "--guidance", "4.5", status=2, capsys=capsys)
+    run("--stage", "search", "--out", pictures, "--reward", "symmetric")
+    assert json.loads((pictures / "search.json").read_text())["table"][0]["evaluations"] == 64
+
+
+def test_quick_is_a_preset_that_flags_override(monkeypatch):
+    seen = []
+    monkeypatch.setattr(fmd, "open_data", lambda config, folder: seen.append(config) or 1 / 0)
+    for flags in (["--dataset", "mnist", "--quick", "--depth", "3"], ["--dataset", "mnist"], ["--quick"]):
+        fmd.main(flags)
+    quick, full, toy = seen
+    assert quick.depth == 3 and quick.hidden_size == fmd.QUICK["mnist"]["hidden_size"] < full.hidden_size
+    assert quick.guidance_max == full.guidance_max == 4.0 and quick.correction_interval == (0.0, 0.7)
+    assert toy.steps == fmd.QUICK["toy2d"]["steps"] and toy.optimizer == "muon"
