@@ -158,7 +158,8 @@ class Config:
                      f"{flag(f.name)} {v}: give a finite number from {low} to {high}")
             need(not isinstance(value, tuple) or len(value) == 2 and value[0] <= value[1],
                  f"{flag(f.name)}: give two numbers, the smaller one first")
-        need(not self.toy or self.dataset == "toy2d", f"--toy {self.toy}: --dataset {self.dataset} has no toys")
+        need(not self.toy or self.dataset == "toy2d",
+             f"--toy {self.toy}: leave it away, --dataset {self.dataset} has no toys")
         need(self.toy in TOYS or self.toy.endswith(".npy") or self.dataset != "toy2d",
              f"--toy {self.toy}: choose from {', '.join(TOYS)}, or name an .npy file of points")
         need(self.toy == "gaussians" or not self.exact_teacher,
@@ -191,11 +192,13 @@ class Config:
         return (self.guidance or self.guidance_min) if self.is_guided else None
 
 
-# What differs from the defaults. label_dropout: a toy is scored without labels, and with one label in ten
-# dropped the unlabelled model would get a tenth of the training (README, "Differences from the paper").
-PICTURES = dict(toy="", guidance_max=4.0, guidance=2.0, guidance_interval=(0.0, 1.0), patch_size=2,
-                correction_interval=(0.0, 0.7), hidden_size=384, depth=12, num_heads=6, eval_samples=5000,
-                eval_paths=256, eval_batch_size=250, solver_steps=32, checkpoint_interval=1000)
+# What differs from the defaults. Pictures: for one GPU, not run yet. label_dropout: a toy is scored without
+# labels, and with one label in ten dropped the unlabelled model would get a tenth of the training (README,
+# "Differences from the paper").
+PICTURES = dict(toy="", guidance_max=4.0, guidance=2.0, correction_interval=(0.0, 0.7), patch_size=2,
+                hidden_size=384, depth=12, num_heads=6, ema_decay=0.999, teacher_learning_rate=3e-4,
+                eval_samples=5000, eval_paths=256, eval_batch_size=250, solver_steps=32,
+                checkpoint_interval=1000)
 PRESETS = {
     "toy2d": dict(label_dropout=0.75, t_location=-0.8, group_size=8, optimizer="muon", threads=2,
                   teacher_steps=1000, teacher_batch_size=512, teacher_learning_rate=8e-3, steps=1200,
@@ -204,10 +207,10 @@ PRESETS = {
     "cifar10": dict(PICTURES, teacher_steps=200000, steps=100000, flip=True),
 }
 # With --quick: minutes on two cores.
-QUICK_PICTURES = dict(hidden_size=128, depth=4, num_heads=4, patch_size=4, teacher_steps=2500, steps=1000,
-                      teacher_batch_size=64, batch_size=64, optimizer="muon", teacher_learning_rate=2e-3,
-                      learning_rate=1e-3, critic_learning_rate=1e-3, eval_samples=500, eval_paths=128,
-                      solver_steps=16)
+QUICK_PICTURES = dict(hidden_size=96, depth=4, num_heads=3, patch_size=4, optimizer="muon", eval_samples=500,
+                      eval_paths=128, solver_steps=16, checkpoint_interval=250, teacher_steps=2500,
+                      teacher_batch_size=64, teacher_learning_rate=1e-2, steps=1200, batch_size=64,
+                      learning_rate=5e-3, critic_learning_rate=5e-3, ema_decay=0.995)
 QUICK = {"toy2d": dict(teacher_steps=300, steps=300, eval_samples=4000),
          "mnist": QUICK_PICTURES, "cifar10": QUICK_PICTURES}
 
@@ -223,8 +226,9 @@ TEACHER, STUDENT, NETWORK, EVALUATION, SAMPLING, PAIRS, SEARCH = range(1, 8)  # 
 
 # ------------------------------------------------------------------------------------------------------------
 # 2. Data
-# Pictures come from torchvision. A toy is a skeleton and some blur: pick a label, then a place v on its skeleton, a curve, a cell or a point.
-# The skeleton also tells which samples lie outside the toy, and in which of its parts the others are.
+# Pictures come from torchvision. A toy is a skeleton and some blur: pick a label, then a place v on its
+# skeleton, a curve, a cell or a point. The skeleton also tells which samples lie outside the toy, and in
+# which of its parts the others are.
 
 
 class Toy(NamedTuple):
@@ -300,11 +304,12 @@ class PictureData:
             x, y = torch.as_tensor(found.data), torch.as_tensor(found.targets)
             if len(x) != len(y) or len(y) < 1 or y.max() >= self.num_classes or x.shape[1] != x.shape[2]:
                 raise ValueError(f"{len(x)} pictures, {len(y)} labels")
-        except (OSError, RuntimeError, ValueError, AssertionError, KeyError, EOFError, pickle.PickleError) as e:
+        except (OSError, RuntimeError, ValueError, AssertionError, LookupError, EOFError) as e:
             raise UserError(f"{name} in {folder} is not whole and cannot be downloaded ({e}): delete what is "
-                            "there and go online, or put its files there by hand, or name another --data") from e
+                            "there and go online, put its files there by hand, or name another --data") from e
         order = y.argsort(stable=True)
-        self.x, self.y = x[order].unsqueeze(-1).flatten(3).permute(0, 3, 1, 2), y[order]  # (N, C, H, W), uint8
+        x, self.y = x[order].unsqueeze(-1).flatten(3), y[order]
+        self.x = x.permute(0, 3, 1, 2)  # (N, C, H, W), uint8
         self.count = self.y.bincount(minlength=self.num_classes)
         self.first, self.shape = self.count.cumsum(0) - self.count, tuple(self.x.shape[1:])
 
@@ -458,7 +463,7 @@ class DiT(nn.Module):
         """A network of this class with the teacher's weights; an input for guidance changes nothing yet."""
         network = cls(**{**teacher.settings, "guidance": guidance})
         tensors = teacher.state_dict()
-        for name in ("weight", "bias") if guidance else ():  # what is random there begins as that of the times
+        for name in ("weight", "bias") if guidance else ():  # begins as that of the times, not at random
             tensors.setdefault(f"guidance_embedder.mlp.0.{name}", tensors[f"t_embedder.mlp.0.{name}"])
         network.load_state_dict(tensors, strict=False)  # the rest of guidance_embedder may be missing: zeros
         return network.to(teacher.pos_embed.device)
@@ -721,14 +726,14 @@ class Distiller(nn.Module):
         return (F * D_N).mean(), critic, squared_norm(D_N).sqrt().mean(), squared_norm(D_N).mean()
 
 
-def make_teacher(start, config):
-    """What is distilled: the network `start`, or the closed form of its toy."""
-    if not config.exact_teacher:
-        return start
-    toy = TOYS[config.toy]
-    k = torch.arange(toy.num_classes)
-    exact = ExactTeacher(toy.skeleton(k, torch.zeros(len(k), 2)), torch.full((len(k),), toy.blur))
-    return exact.to(start.pos_embed.device)
+def make_teacher(start, config, strength=None):
+    """What is distilled: the network `start`, or its toy's closed form; guided if there is a strength."""
+    teacher = start
+    if config.exact_teacher:
+        toy = TOYS[config.toy]
+        k = torch.arange(toy.num_classes)
+        teacher = ExactTeacher(toy.skeleton(k, torch.zeros(len(k), 2)), torch.full((len(k),), toy.blur))
+    return guided(teacher.to(start.pos_embed.device), strength, config.guidance_interval)
 
 
 def make_distiller(start, config):
@@ -771,7 +776,8 @@ def draw_prior(shape, num_classes, config, step):
     for t in c.guidance_interval if c.is_guided else ():  # there u jumps, which nothing may straddle:
         if 0 < t < 1:
             edge, gap = 1 - t, c.difference_size + 1e-4
-            delta = torch.where((delta - edge).abs() < gap, edge + gap * (delta - edge).sign(), delta).clamp(0, 1)
+            aside = (edge + gap * (delta - edge).sign()).clamp(0, 1)
+            delta = torch.where((delta - edge).abs() < gap, aside, delta)
             if c.prediction == "step":  # a step begins behind it
                 h = torch.where((delta - h < edge) & (edge < delta), delta - edge - 1e-4, h)
     batch["delta"], batch["h"] = torch.cat([delta, torch.ones(m)]), h
@@ -798,7 +804,8 @@ class Regression(nn.Module):
         pairs = draw_noise(student.shape, student.num_classes, config, n, generator(config.seed, PAIRS))
         self.z, self.y, self.guidance = (v if v is None else v.to(student.pos_embed.device)
                                          for v in (pairs["z"], pairs["y"], pairs.get("guidance")))
-        self.phi = solve_ode(guided(teacher, self.guidance, config.guidance_interval), self.z, 8, "rk4", self.y)
+        u = guided(teacher, self.guidance, config.guidance_interval)
+        self.phi = solve_ode(u, self.z, 8, "rk4", self.y)
 
     def draw(self, step):
         g, n = generator(self.config.seed, STUDENT, step), self.config.batch_size // self.config.group_size
@@ -1033,11 +1040,19 @@ def in_batches(size, f, z, y=None, dim=0):
 
 
 @torch.no_grad()
+def jump(student, z, y=None, guidance=None):
+    """f(z, 1), the one-step samples of noises z (B, C, H, W), by one call. y, guidance: (B,), (1,), None."""
+    return student.map(z, torch.ones(1, device=z.device), y, guidance)
+
+
 def sample(student, n, y=None, guidance=None, generator=None):
-    """n one-step samples f(z, 1), (n, C, H, W), by one call of the network. y, guidance: (n,) or None."""
-    device = student.pos_embed.device
-    z = torch.randn(n, *student.shape, generator=generator).to(device)
-    return student.map(z, torch.ones(n, device=device), y, guidance)
+    """n one-step samples, (n, C, H, W), by one call of the network. y, guidance: (n,), (1,) or None."""
+    return jump(student, draw_z(student, n, generator), y, guidance)
+
+
+def draw_z(network, n, generator=None):
+    """Noise for n samples of a network, (n, C, H, W), drawn on the CPU: the same for all devices."""
+    return torch.randn(n, *network.shape, generator=generator).to(network.pos_embed.device)
 
 
 @torch.no_grad()
@@ -1048,7 +1063,7 @@ def student_path(student, z, points, y=None, guidance=None):
 
 
 def conditions(network, config, n):
-    """What n samples or scores are conditioned on: labels in turn, (n,), or None; the strength, (1,), or None."""
+    """What n samples or scores are conditioned on: labels in turn, (n,), or None; strength, (1,), or None."""
     y, device = None, network.pos_embed.device
     if config.score_labels and network.num_classes:
         y = torch.arange(n, device=device) % network.num_classes
@@ -1065,23 +1080,22 @@ REWARDS = {  # of samples (B, C, H, W), (B,)
 def search_noise(student, reward, n, y=None, guidance=None, generator=None, keep=1):
     """The `keep` noises of n whose one-step samples have the largest reward, best first: (keep, C, H, W).
 
-    The paper's inference-time scaling: what the student finds in n evaluations is handed to the teacher, whose
-    sample from the same noise is nearly the same. reward: samples (n, C, H, W) -> (n,). y: (n,), of which the
-    kept noises have theirs, or (1,) for all, or None. Raises ValueError.
+    The paper's inference-time scaling: what the student finds in n evaluations is given to the teacher, whose
+    sample of the same noise is nearly the same. reward: samples (n, C, H, W) -> (n,). y: (n,), (1,) or None.
+    Raises ValueError.
     """
     if not 0 < keep <= n:
         raise ValueError(f"search_noise cannot keep {keep} of {n} noises")
-    device = student.pos_embed.device
-    z = torch.randn(n, *student.shape, generator=generator).to(device)
-    return z[reward(student.map(z, torch.ones(1, device=device), y, guidance)).topk(keep).indices]
+    z = draw_z(student, n, generator)
+    return z[reward(jump(student, z, y, guidance)).topk(keep).indices]
 
 
 def search(student, start, config, out, name, trials=64, budgets=(1, 2, 3, 5, 9)):
-    """Reward against evaluations: a noise that the student ranked first, given to the teacher, beside the best
-    of as many samples of the teacher as cost the same. Prints a table, writes search.json and search.png."""
+    """Reward against evaluations: the noise that the student ranked first, given to the teacher, beside the
+    best of as many samples of the teacher as cost the same. A table, search.json and search.png."""
     c, reward, steps = config, REWARDS[name], 16
     labels, strength = conditions(start, c, trials)
-    u = guided(make_teacher(start, c), strength, c.guidance_interval)
+    u = make_teacher(start, c, strength)
     cost, g = steps * EVALUATIONS["heun"] * (1 + c.is_guided), generator(c.seed, SEARCH)
     batched = functools.partial(in_batches, c.eval_batch_size)
 
@@ -1089,10 +1103,10 @@ def search(student, start, config, out, name, trials=64, budgets=(1, 2, 3, 5, 9)
         return batched(lambda z, y: solve_ode(u, z, steps, "heun", y), z, y)
 
     most = max(budgets)
-    z = torch.randn(trials * most, *start.shape, generator=g).to(start.pos_embed.device)
+    z = draw_z(start, trials * most, g)
     y = None if labels is None else labels.repeat_interleave(most)
     rewards = reward(ends(z, y)).view(trials, most)
-    guesses = reward(batched(lambda z, y: student_path(student, z, 1, y, strength)[1], z, y))
+    guesses = reward(batched(lambda z, y: jump(student, z, y, strength), z, y))
     same = torch.corrcoef(torch.stack([guesses, rewards.flatten()]))[0, 1].item()
     table = []
     for k in budgets:
@@ -1105,7 +1119,7 @@ def search(student, start, config, out, name, trials=64, budgets=(1, 2, 3, 5, 9)
         table.append(dict(evaluations=k * cost, **{
             f"{kind}{what}": value for kind, v in (("student", ranked), ("teacher", plain))
             for what, value in (("", v.mean().item()), ("_error", v.std().item() / trials**0.5))}))
-    print(f"reward '{name}', {trials} trials; on the same noises student and teacher correlate by {same:.3f}\n"
+    print(f"reward '{name}', {trials} trials; student and teacher, same noises, correlate by {same:.3f}\n"
           "evaluations   ranked by the student, drawn by the teacher   best of the teacher's")
     for row in table:
         print(f"{row['evaluations']:11}   {row['student']:17.3f} ± {row['student_error']:.3f}"
@@ -1131,7 +1145,7 @@ def endpoint_error(student, teacher, z, y=None, guidance=None, steps=64, interva
     """Relative error of f(z, 1) against the teacher's phi(z, 1), found by `steps` RK4 steps. z (B, C, H, W).
     Its floor is 0, up to the error of the solver."""
     phi = solve_ode(guided(teacher, guidance, interval), z, steps, "rk4", y)
-    return relative_error(student_path(student, z, 1, y, guidance)[1], phi)
+    return relative_error(jump(student, z, y, guidance), phi)
 
 
 def sliced_w2(a, b, projections=128):
@@ -1183,14 +1197,14 @@ def evaluate(student, start, config, out, files, data=None):
     """
     c, n, device, steps = config, config.eval_samples, start.pos_embed.device, config.solver_steps
     batched, (y, strength) = functools.partial(in_batches, c.eval_batch_size), conditions(start, c, n)
-    u = guided(make_teacher(start, c), strength, c.guidance_interval)
-    z = torch.randn(2, n, *start.shape, generator=generator(c.seed, EVALUATION, 1)).to(device)
+    u = make_teacher(start, c, strength)
+    z = draw_z(start, 2 * n, generator(c.seed, EVALUATION, 1)).unflatten(0, (2, n))
     few = z[0, :c.eval_paths], None if y is None else y[:c.eval_paths]
     path = batched(lambda z, y: solve_ode(u, z, steps, "rk4", y, True), *few, dim=1)
     jumps = batched(lambda z, y: student_path(student, z, steps, y, strength), *few, dim=1)
     errors = error_along_path(jumps, path)
     ends, others = (batched(lambda z, y: solve_ode(u, z, 8, "rk4", y), noise, y) for noise in z)
-    sets = {"teacher": ends, "student": batched(lambda z, y: student_path(student, z, 1, y, strength)[1], z[0], y)}
+    sets = {"teacher": ends, "student": batched(lambda z, y: jump(student, z, y, strength), z[0], y)}
     sw2, floor = sliced_w2(sets["student"], others), sliced_w2(ends, others)
     metrics = dict(
         endpoint_error=errors[-1], sw2=sw2, sw2_floor=floor, sw2_ratio=sw2 / floor, nfe=1,
@@ -1213,15 +1227,16 @@ def evaluate(student, start, config, out, files, data=None):
         strengths = torch.linspace(c.guidance_min, c.guidance_max, 4, device=device)[:, None]
         noise = z[0, :400 if is_plane(z) else 6]
         labels = conditions(start, dataclasses.replace(c, score_labels=True), len(noise))[0]
-        rows = [[solve_ode(guided(make_teacher(start, c), gamma, c.guidance_interval), noise, 8, "rk4", labels),
-                 student_path(student, noise, 1, labels, gamma)[1]] for gamma in strengths]
+        rows = [[solve_ode(make_teacher(start, c, gamma), noise, 8, "rk4", labels),
+                 jump(student, noise, labels, gamma)] for gamma in strengths]
         figure = plot_guidance(*map(torch.stack, zip(*rows)), strengths.flatten().tolist())
         save_figure(figure, out / "guidance.png")
     save(out / "metrics.json", lambda p: p.write_text(json.dumps(metrics, indent=1) + "\n"))
     print(f"endpoint error {errors[-1]:.4f} of the spread; SW2 {sw2 / floor:.3f} times its floor {floor:.4f} "
           f"in 1 evaluation instead of {metrics['teacher_nfe']}")
     for name, found in metrics.get("coverage", {}).items():
-        print(f"{name:>8}: {found['outside']:6.2%} outside the toy; emptiest part {found['emptiest']:.2f} of its due")
+        print(f"{name:>8}: {found['outside']:6.2%} outside the toy; "
+              f"emptiest part {found['emptiest']:.2f} of its due")
     print(f"pictures and metrics.json are in {out}")
 
 
@@ -1259,7 +1274,7 @@ def grid(x, columns):
 
 
 def strip(rows, titles=(), size=0.8):
-    """Pictures in rows, [(name, (N, C, H, W))]; names in their colours at the left, titles over the columns."""
+    """Pictures in rows, [(name, (N, C, H, W))]; names in their colours at the left, titles over columns."""
     n, width = len(rows[0][1]), rows[0][1].shape[3] + 1
     figure, axes = plt.subplots(len(rows), 1, figsize=(size * n + 0.9, size * len(rows) + 0.5), squeeze=False,
                                 layout="constrained")
@@ -1267,15 +1282,16 @@ def strip(rows, titles=(), size=0.8):
         axis.imshow(grid(x, n), interpolation="nearest")
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-        axis.set_ylabel(name, color=COLORS.get(name, "black"), rotation=0, ha="right", va="center", fontsize=11)
+        color = COLORS.get(name, "black")
+        axis.set_ylabel(name, color=color, rotation=0, ha="right", va="center", fontsize=11)
     axes[0, 0].set_xticks(*[[(i + 0.5) * width for i in range(len(titles))], titles] if titles else [[]])
     axes[0, 0].tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
     return figure
 
 
 def plot_samples(samples, titles=None):
-    """Sets of samples. samples: {"data" | "teacher" | "student": (N, C, H, W)}. Points of the plane lie side by
-    side; of pictures the first forty, sets under each other, ten a row: one column is one noise."""
+    """Sets of samples, {"data" | "teacher" | "student": (N, C, H, W)}. Points of the plane lie side by side;
+    of pictures the first forty, ten a row, sets under each other: what is under each other has one noise."""
     first = next(iter(samples.values()))
     if not is_plane(first):
         figure = strip([(name, x[i:i + 10]) for i in range(0, min(len(first), 40), 10)
@@ -1303,7 +1319,7 @@ def plot_filmstrip(teacher_path, student_path, titles=None, lines=4):
 
 def plot_guidance(teacher, student, strengths):
     """Labelled samples at several strengths of guidance, a column each. teacher, student: (S, B, C, H, W)."""
-    titles = [f"strength {strength:.1f}" for strength in strengths]
+    titles = [f"γ = {strength:.1f}" for strength in strengths]
     if not is_plane(teacher):
         return plot_filmstrip(teacher, student, titles, lines=6)
     figure, axes = panels(len(titles), torch.cat([teacher, student]), 2.7, rows=2)
@@ -1365,8 +1381,10 @@ def plot_losses(lines):
 def plot_search(table, reward):
     """Reward, with its standard error, against evaluations: the table of search()."""
     figure, axis = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
-    for kind, label in ("student", "ranked by the student, drawn by the teacher"), ("teacher", "best of the teacher's"):
-        mean, error, cost = (np.array([row[k] for row in table]) for k in (kind, f"{kind}_error", "evaluations"))
+    labels = {"student": "ranked by the student, drawn by the teacher", "teacher": "best of the teacher's"}
+    for kind, label in labels.items():
+        columns = kind, f"{kind}_error", "evaluations"
+        mean, error, cost = (np.array([row[k] for row in table]) for k in columns)
         axis.errorbar(cost, mean, error, lw=2.5, capsize=4, color=COLORS[kind], label=label)
     axis.set(xlabel="evaluations for a sample", ylabel=f"reward '{reward}'", xscale="log", xticks=cost,
              xticklabels=cost, title="What search buys")
@@ -1431,13 +1449,13 @@ def train_teacher(data, config, out, device, resume=None):
 def train_student(start, config, out, teacher_file, resume=None):
     """Stage 2: distillation of `start` (or its closed form) from the prior alone. Returns the checkpoint."""
     c, distiller, n = config, make_distiller(start, config), max(2, config.eval_paths // 2)
-    z = torch.randn(n, *start.shape, generator=generator(c.seed, EVALUATION, 0)).to(start.pos_embed.device)
+    z = draw_z(start, n, generator(c.seed, EVALUATION, 0))
     y, strength = conditions(start, c, n)
-    u = guided(make_teacher(start, c), strength, c.guidance_interval)
+    u = make_teacher(start, c, strength)
     phi = in_batches(c.eval_batch_size, lambda z, y: solve_ode(u, z, c.solver_steps, "rk4", y), z, y)
 
     def score(student):
-        return relative_error(student_path(student, z, 1, y, strength)[1], phi)
+        return relative_error(jump(student, z, y, strength), phi)
 
     draw = functools.partial(draw_prior, start.shape, start.num_classes, c)
     if c.method == "regression":
@@ -1457,8 +1475,8 @@ def write_samples(student, config, out, n, classes=None, seed=0):
             raise UserError(f"--classes {classes}: this student knows {','.join(known) or 'no labels'}", 2)
         y = torch.tensor([int(label) for label in wanted], device=student.pos_embed.device)
         y = y[torch.arange(n) % len(wanted)]
-    z = torch.randn(n, *student.shape, generator=generator(seed, SAMPLING)).to(student.pos_embed.device)
-    x = in_batches(config.eval_batch_size, lambda z, y: student_path(student, z, 1, y, strength)[1], z, y).cpu()
+    z = draw_z(student, n, generator(seed, SAMPLING))
+    x = in_batches(config.eval_batch_size, lambda z, y: jump(student, z, y, strength), z, y).cpu()
     array = x.flatten(1)
     if not is_plane(x):
         array = (127.5 * (x + 1)).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)

@@ -1821,7 +1821,7 @@ def test_pictures_of_pictures_show_what_they_are_given():
     assert len(figure.axes) == 6
     np.testing.assert_allclose(figure.axes[3].images[0].get_array()[1:7, 1:7, 0], (other[1, 0, 0] + 1) / 2, atol=1e-5)
     figure = fmd.plot_guidance(path[:3], other[:3], [1.0, 2.0, 4.0])
-    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == [f"strength {s:.1f}" for s in (1, 2, 4)]
+    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == [f"γ = {s:.1f}" for s in (1, 2, 4)]
     points = torch.randn(2, 3, 7, 2, 1, 1)
     figure = fmd.plot_guidance(points[0], points[1], [1.0, 2.0, 4.0])
     offsets = figure.axes[4].collections[0].get_offsets()
