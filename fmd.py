@@ -1106,6 +1106,8 @@ def search(student, start, config, out, name, trials=64, budgets=(1, 2, 3, 5, 9)
     z = draw_z(start, trials * most, g)
     y = None if labels is None else labels.repeat_interleave(most)
     rewards = reward(ends(z, y)).view(trials, most)
+    if rewards.std() == 0:
+        raise UserError(f"--reward {name} is the same for all samples of this teacher: choose another", 2)
     guesses = reward(batched(lambda z, y: jump(student, z, y, strength), z, y))
     same = torch.corrcoef(torch.stack([guesses, rewards.flatten()]))[0, 1].item()
     table = []
@@ -1295,8 +1297,8 @@ def plot_samples(samples, titles=None):
     first = next(iter(samples.values()))
     if not is_plane(first):
         figure = strip([(name, x[i:i + 10]) for i in range(0, min(len(first), 40), 10)
-                        for name, x in samples.items()])
-        figure.suptitle(", ".join((titles or {}).get(name, name) for name in samples), fontsize=13)
+                        for name, x in samples.items() if name != "data" or i == 0])
+        figure.suptitle("; ".join((titles or {}).get(name, name) for name in samples), fontsize=13)
         return figure
     figure, axes = panels(len(samples), torch.cat([x.cpu() for x in samples.values()]), 4)
     for axis, (name, x) in zip(axes, samples.items()):
@@ -1321,7 +1323,7 @@ def plot_guidance(teacher, student, strengths):
     """Labelled samples at several strengths of guidance, a column each. teacher, student: (S, B, C, H, W)."""
     titles = [f"γ = {strength:.1f}" for strength in strengths]
     if not is_plane(teacher):
-        return plot_filmstrip(teacher, student, titles, lines=6)
+        return plot_filmstrip(teacher, student, titles)
     figure, axes = panels(len(titles), torch.cat([teacher, student]), 2.7, rows=2)
     for i, axis in enumerate(axes):
         name, column = ("teacher", "student")[i // len(titles)], i % len(titles)
@@ -1560,8 +1562,9 @@ def run(args):
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     dataset = given.get("dataset", "toy2d")
-    if args.teacher and args.stage in ("all", "distill") and "dataset" not in given:
-        dataset = read_checkpoint(Path(args.teacher), "teacher")["config"].dataset
+    file = args.teacher or (Path(args.out, "teacher.pt") if args.out and args.stage == "distill" else None)
+    if file and "dataset" not in given and args.stage in ("all", "distill"):  # a teacher knows what it is of
+        dataset = read_checkpoint(Path(file), "teacher")["config"].dataset
     preset = {**PRESETS.get(dataset, {}), **(QUICK.get(dataset, {}) if args.quick else {})}
     reads_student = args.stage in READING
     if not reads_student:

@@ -10,6 +10,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -1717,6 +1718,7 @@ def test_each_loss_asks_the_teacher_with_its_own_interval(monkeypatch):
     start = small().float()
     distiller = fmd.make_distiller(start, config)
     batch = fmd.draw_prior(start.shape, start.num_classes, config, 0)
+    asked.clear()
     figures = distiller(batch)[1]
     assert asked == [(0.0, 0.6), (0.0, 0.3)]
     # by hand: at the start v_N is the teacher's own, so D_N is what guidance adds where it acts
@@ -1805,6 +1807,8 @@ def test_search_stage(finished, tmp_path, capsys):
     assert table[4]["student"] > table[0]["student"] + 0.5 and found["correlation"] > 0.5
     assert "288" in capsys.readouterr().out
     assert "--overwrite" in run(*flags, status=2, capsys=capsys)
+    line = run(*flags, "--overwrite", "--reward", "symmetric", status=2, capsys=capsys)  # a point always is
+    assert "choose another" in line
 
 
 def test_pictures_of_pictures_show_what_they_are_given():
@@ -1854,8 +1858,12 @@ def test_pictures_end_to_end(pictures, digits, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(fmd.PictureData, "__init__", refuse)
     run("--teacher", pictures / "teacher.pt", "--out", tmp_path / "a", *TINY_PICTURES[2:])
-    found, expected = weights(tmp_path / "a" / "student.pt"), weights(pictures / "student.pt")
-    assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in found)
+    (tmp_path / "b").mkdir()
+    shutil.copy(pictures / "teacher.pt", tmp_path / "b")
+    run("--stage", "distill", "--out", tmp_path / "b", *TINY_PICTURES[2:])
+    for folder in "ab":
+        found, expected = weights(tmp_path / folder / "student.pt"), weights(pictures / "student.pt")
+        assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in found)
     run("--stage", "evaluate", "--out", pictures, "--overwrite", "--guidance", "1")
     assert json.loads((pictures / "metrics.json").read_text())["guidance"] == 1.0
 
