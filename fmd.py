@@ -1219,7 +1219,8 @@ def evaluate(student, start, config, out, files, data=None):
         sets = {"data": data.draw(n, generator(c.seed, EVALUATION, 2))[0], **sets}
     if c.toy in TOYS:
         metrics["coverage"] = {name: coverage(TOYS[c.toy], x) for name, x in sets.items()}
-    titles = {"teacher": f"teacher, {metrics['teacher_nfe']} evaluations", "student": "student, 1 evaluation"}
+    count = 8 * EVALUATIONS["rk4"] * (1 + c.is_guided)  # behind `ends`
+    titles = {"teacher": f"teacher, {count} evaluations", "student": "student, 1 evaluation"}
     save_figure(plot_samples({name: x[:4000] for name, x in sets.items()}, titles), out / "comparison.png")
     save_figure(plot_paths(path, jumps) if is_plane(path) else plot_filmstrip(path, jumps), out / "paths.png")
     save_figure(plot_error({"student": errors}), out / "error.png")
