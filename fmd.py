@@ -24,6 +24,10 @@ them, each for a group of B / G samples in a row, for which the network then com
     python fmd.py --dataset mnist --quick                    # digits, with labels and guidance, on two cores
     python fmd.py --stage sample --out runs/mnist --guidance 4 --classes 3,8
     python fmd.py --stage search --out runs/mnist --reward symmetric
+    python fmd.py --dataset imagenet --teacher SiT-XL-2-256x256.pt   # distill a released teacher, on one GPU
+    torchrun --nproc_per_node=8 fmd.py --dataset imagenet --teacher repa-xl/2-256     # or on eight
+    torchrun --nproc_per_node=8 fmd.py --stage sample --out runs/imagenet --samples 50000 --guidance 1.5
+    python fmd.py --stage benchmark --dataset imagenet               # what a step costs here
 
 Read on from the top. Section 5 is the paper; the rest makes it run.
 """
@@ -32,15 +36,18 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import datetime
 import functools
 import json
 import math
 import os
 import pickle
 import platform
+import shutil
 import signal
 import sys
 import time
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -52,9 +59,11 @@ import numpy as np
 import torch
 import torch.nn.functional as nnf  # not F: that is the student's average velocity
 from matplotlib.animation import FuncAnimation, PillowWriter
-from torch import nn
+from torch import distributed, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torchvision import datasets
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as recomputed
+from torchvision import datasets, transforms
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -87,7 +96,7 @@ class Config:
     """Every setting of a run. Raises UserError (exit status 2) for a value out of its range."""
 
     # what to learn
-    dataset: str = option("toy2d", "which preset", choices=["toy2d", "mnist", "cifar10"])
+    dataset: str = option("toy2d", "which preset", choices=["toy2d", "mnist", "cifar10", "imagenet"])
     toy: str = option("checkerboard", "checkerboard, gaussians, moons, spirals, rings, or a file POINTS.npy")
     exact_teacher: bool = option(False, "distill the closed-form velocity of --toy gaussians")
     seed: int = option(0, "decides everything random", 0)
@@ -96,6 +105,12 @@ class Config:
     depth: int = option(4, "blocks", 1)
     num_heads: int = option(1, "attention heads", 1)
     patch_size: int = option(1, "side of a token, in pixels", 1)
+    # machine: what fits and what is fast; none of these but the precision changes results beyond rounding
+    precision: str = option("float32", "of the networks in training; weights and losses stay float32",
+                            choices=["float32", "bfloat16"])
+    micro_batch_size: int = option(0, "samples a process takes at once; more are accumulated; 0: all", 0)
+    activation_checkpointing: bool = option(False, "recompute blocks in the backward pass: memory for time")
+    compile: bool = option(False, "torch.compile the networks")
     # both stages
     group_size: int = option(1, "samples that share time and label; their conditioning is computed once", 1)
     optimizer: str = option("adamw", "of the MLPs' matrices; AdamW has the rest", choices=["adamw", "muon"])
@@ -109,6 +124,8 @@ class Config:
     teacher_batch_size: int = option(256, "samples a step of the teacher", 1)
     teacher_learning_rate: float = option(1e-4, "peak", 0)
     t_location: float = option(0.0, "t = sigmoid(N(t_location, 1)); a lower one trains nearer to the data")
+    teacher_format: str = option("", "sit or repa, for a pretrained file that does not tell",
+                                 choices=["", "sit", "repa"])
     # student: prediction [7, 8, 9]
     method: str = option("prior", "regression: a rival that learns pairs of noise and the teacher's endpoint",
                          choices=["prior", "regression"])
@@ -172,6 +189,10 @@ class Config:
         need(self.correction_share in (0, 1) or 0 < self.corrections < self.batch_size,
              f"--batch-size {self.batch_size} cannot be split by --correction-share {self.correction_share} "
              f"into whole groups of --group-size {self.group_size}: give a larger batch")
+        need(self.prediction != "difference" or self.precision == "float32",
+             "--prediction difference: a small difference drowns in the rounding of bfloat16; use jvp or step, "
+             "or --precision float32")
+        need(not self.flip or self.dataset != "imagenet", "--flip: mirror pictures before they are encoded")
         need(self.guidance_min <= self.guidance_max, "--guidance-min is above --guidance-max: exchange them")
         need(self.guidance == 0 or self.guidance_min <= self.guidance <= self.guidance_max,
              f"--guidance {self.guidance}: the student is trained for strengths from {self.guidance_min} to "
@@ -192,7 +213,8 @@ class Config:
         return (self.guidance or self.guidance_min) if self.is_guided else None
 
 
-# What differs from the defaults. Pictures: for one GPU, not run yet. label_dropout: a toy is scored without
+# What differs from the defaults. Pictures: for GPUs, not run yet; imagenet is XL/2, its batch, decay and
+# correction_interval are the paper's, the rest is ours. label_dropout: a toy is scored without
 # labels, and with one label in ten dropped the unlabelled model would get a tenth of the training (README,
 # "Differences from the paper").
 PICTURES = dict(toy="", guidance_max=4.0, guidance=2.0, correction_interval=(0.0, 0.7), patch_size=2,
@@ -205,6 +227,10 @@ PRESETS = {
                   learning_rate=8e-3, critic_learning_rate=1.6e-2, delta_power=1.5, score_labels=False),
     "mnist": dict(PICTURES, teacher_steps=20000, steps=20000),
     "cifar10": dict(PICTURES, teacher_steps=200000, steps=100000, flip=True),
+    "imagenet": dict(PICTURES, hidden_size=1152, depth=28, num_heads=16, precision="bfloat16",
+                     micro_batch_size=32, teacher_steps=400000, teacher_learning_rate=1e-4, steps=100000,
+                     guidance_max=3.0, guidance=1.5, decay=1.0, alpha=1.0, ema_decay=0.9999, eval_samples=2000, eval_paths=64,
+                     eval_batch_size=50, eval_interval=1000, checkpoint_interval=2500),
 }
 # With --quick: minutes on two cores.
 QUICK_PICTURES = dict(hidden_size=96, depth=4, num_heads=3, patch_size=4, optimizer="muon", eval_samples=500,
@@ -221,7 +247,7 @@ def generator(*key):
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
-TEACHER, STUDENT, NETWORK, EVALUATION, SAMPLING, PAIRS, SEARCH = range(1, 8)  # streams
+TEACHER, STUDENT, NETWORK, EVALUATION, SAMPLING, PAIRS, SEARCH, ENCODING = range(1, 9)  # streams
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -254,6 +280,14 @@ TOYS = {
 }
 
 
+def read_array(path, flag, **how):
+    """The array of an .npy file. Raises UserError."""
+    try:
+        return np.load(path, allow_pickle=False, **how)
+    except (OSError, ValueError, EOFError) as e:
+        raise UserError(f"cannot read {path} ({e}): {flag} takes a file as numpy.save writes it") from e
+
+
 class ToyData:
     """One of TOYS, or the rows of an .npy file, which have no labels. draw(n, generator) gives points
     (n, 2, 1, 1) and labels, one for every `group` points in a row. Raises UserError for a file that does not
@@ -266,10 +300,7 @@ class ToyData:
         if self.toy:
             self.num_classes = self.toy.num_classes
             return
-        try:
-            points = np.load(name, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as e:
-            raise UserError(f"cannot read {name} ({e}): --toy takes a file as numpy.save writes it") from e
+        points = read_array(name, "--toy")
         if points.ndim != 2 or points.shape[1] != 2 or points.dtype.kind not in "fiu" or not len(points):
             raise UserError(f"{name} holds {points.dtype} of shape {points.shape}: --toy needs N x 2 numbers")
         if not np.isfinite(points).all():
@@ -285,10 +316,26 @@ class ToyData:
         return (x + self.toy.blur * torch.randn(n, 2, generator=generator))[:, :, None, None], y
 
 
-class PictureData:
-    """MNIST or CIFAR-10 through torchvision, from `folder`, into which it is downloaded if it is not there.
-    draw(n, generator) gives pictures (n, C, H, W) in [-1, 1] and labels, one for every `group` pictures in a
-    row. Raises UserError for files that are wrong, cut off or not to be had."""
+class LabelledData:
+    """Images with labels. draw(n, generator) gives images (n, C, H, W) and labels, one for every `group`
+    images in a row. A subclass has num_classes, shape and take(indices, generator) -> images."""
+
+    def sort(self, y):
+        """Make draws possible: y (N,) int64 are the labels of images 0 to N - 1."""
+        self.order = y.argsort(stable=True)
+        self.y, self.count = y[self.order], y.bincount(minlength=self.num_classes)
+        self.first = self.count.cumsum(0) - self.count
+
+    def draw(self, n, generator, group=1):
+        y = self.y[torch.randint(len(self.y), (n // group,), generator=generator)]
+        k = y.repeat_interleave(group)
+        place = (torch.rand(n, generator=generator) * self.count[k]).long().minimum(self.count[k] - 1)
+        return self.take(self.order[self.first[k] + place], generator), y
+
+
+class PictureData(LabelledData):
+    """MNIST or CIFAR-10 through torchvision, from `folder`, into which it is downloaded if it is not there;
+    pictures are in [-1, 1]. Raises UserError for files that are wrong, cut off or not to be had."""
 
     num_classes = 10
 
@@ -307,24 +354,120 @@ class PictureData:
         except (OSError, RuntimeError, ValueError, AssertionError, LookupError, EOFError) as e:
             raise UserError(f"{name} in {folder} is not whole and cannot be downloaded ({e}): delete what is "
                             "there and go online, put its files there by hand, or name another --data") from e
-        order = y.argsort(stable=True)
-        x, self.y = x[order].unsqueeze(-1).flatten(3), y[order]
-        self.x = x.permute(0, 3, 1, 2)  # (N, C, H, W), uint8
-        self.count = self.y.bincount(minlength=self.num_classes)
-        self.first, self.shape = self.count.cumsum(0) - self.count, tuple(self.x.shape[1:])
+        self.x = x.unsqueeze(-1).flatten(3).permute(0, 3, 1, 2)  # (N, C, H, W), uint8
+        self.shape = tuple(self.x.shape[1:])
+        self.sort(y)
 
-    def draw(self, n, generator, group=1):
-        y = self.y[torch.randint(len(self.y), (n // group,), generator=generator)]
-        k = y.repeat_interleave(group)
-        x = self.x[self.first[k] + (torch.rand(n, generator=generator) * self.count[k]).long()] / 127.5 - 1
+    def take(self, indices, generator):
+        x = self.x[indices] / 127.5 - 1
         if self.flip:
-            x = torch.where(torch.rand(n, 1, 1, 1, generator=generator) < 0.5, x, x.flip(3))
-        return x, y
+            x = torch.where(torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5, x, x.flip(3))
+        return x
 
 
-def open_data(config, folder):
+LATENT_SCALE = 0.18215  # of Stable Diffusion's autoencoder: latents have a standard deviation near 1
+
+
+def labels_beside(path):
+    """Where the labels of FILE.npy are: FILE_labels.npy."""
+    return Path(path).with_name(f"{Path(path).stem}_labels.npy")
+
+
+class LatentData(LabelledData):
+    """ImageNet as encode() writes it: FILE.npy, latents (N, 4, S, S) in float16 or float32, which stay on the
+    disk, and FILE_labels.npy, (N,) whole numbers from 0 to 999. Raises UserError for anything else."""
+
+    num_classes = 1000
+
+    def __init__(self, path):
+        beside = labels_beside(path)
+        x, y = read_array(path, "--latents", mmap_mode="r"), read_array(beside, "--latents, for its labels,")
+        if x.ndim != 4 or x.shape[1] != 4 or x.shape[2] != x.shape[3] or x.dtype not in ("float16", "float32"):
+            raise UserError(f"{path} holds {x.dtype} of shape {x.shape}: --latents takes N x 4 x S x S in "
+                            "float16 or float32; --encode FOLDER makes it of pictures")
+        if y.shape != (len(x),) or y.dtype.kind not in "iu" or not len(y) or y.min() < 0 or y.max() > 999:
+            raise UserError(f"{beside} does not hold {len(x)} labels, whole numbers from 0 to 999: it has to, "
+                            f"one for each row of {path}")
+        self.x, self.shape = x, x.shape[1:]
+        self.sort(torch.as_tensor(y.astype(np.int64)))
+        some = self.take(torch.linspace(0, len(x) - 1, min(len(x), 1000)).long())
+        if not some.isfinite().all():
+            raise UserError(f"{path} holds numbers that are not finite: encode it anew")
+        print(f"{path}: {len(x)} latents, standard deviation {some.std():.2f}; near 1 learns best")
+
+    def take(self, indices, generator=None):
+        return torch.from_numpy(self.x[indices.numpy()].astype(np.float32))
+
+
+def load_vae(name, device):
+    """The autoencoder behind latents, through diffusers: a name on its hub or a folder. Raises UserError."""
+    try:
+        from diffusers import AutoencoderKL  # optional, and slow to import
+
+        return AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False).to(device).eval().requires_grad_(False)
+    except ImportError as e:
+        raise UserError(f"--vae {name} needs diffusers ({e}): pip install diffusers") from e
+    except (OSError, ValueError, RuntimeError) as e:
+        raise UserError(f"--vae {name} cannot be had ({type(e).__name__}): go online, or name a folder that "
+                        "holds its config.json and weights") from e
+
+
+def as_pictures(x, vae=None, size=8):
+    """Samples (N, C, H, W) as they are looked at. Points and pictures are as they are; latents are decoded,
+    `size` at a time, or, without an autoencoder, stand for themselves by three of their channels."""
+    if x.shape[1] != 4:
+        return x
+    if vae is None:
+        return x[:, :3].cpu() / 2
+    with torch.no_grad():
+        return torch.cat([vae.decode(part / LATENT_SCALE).sample.cpu() for part in x.split(size)])
+
+
+def encode(folder, path, vae, seed=0, side=256, size=16, resume=False):
+    """Write what LatentData reads, in float16: a sample of the autoencoder's posterior for each picture of a
+    folder of folders, one a class, cut to side x side from its middle. A file .part grows beside `path`, and
+    with resume=True one that was left is continued, to the same numbers. Raises UserError."""
+    look = transforms.Compose([
+        transforms.Resize(side, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(side),
+        transforms.ToTensor(), transforms.Normalize(0.5, 0.5)])
+    try:
+        pictures = datasets.ImageFolder(folder, look)
+    except (OSError, RuntimeError) as e:
+        raise UserError(f"--encode {folder}: {e}. Give a folder that has a folder of pictures for each class") from e
+    if len(pictures.classes) > LatentData.num_classes:
+        raise UserError(f"--encode {folder} has {len(pictures.classes)} classes: 1000 at most")
+    device, part, progress = next(vae.parameters()).device, *(path.with_suffix(s) for s in (".part", ".done"))
+    first = int(progress.read_text()) if resume and part.exists() and progress.exists() else 0
+    channels, scale = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+    latents = np.lib.format.open_memmap(part, "r+" if first else "w+", np.float16,
+                                        (len(pictures), channels, side // scale, side // scale))
+    batches = torch.arange(len(pictures)).split(size)
+    loader = torch.utils.data.DataLoader(pictures, batch_sampler=[b.tolist() for b in batches[first:]],
+                                         num_workers=min(8, os.cpu_count() or 1))
+    with torch.no_grad():
+        for i, (x, _) in enumerate(tqdm(loader, "encode", len(batches), initial=first, disable=None), first):
+            d = vae.encode(x.to(device)).latent_dist
+            n = torch.randn(d.mean.shape, generator=generator(seed, ENCODING, i)).to(device)
+            latents[batches[i].numpy()] = (LATENT_SCALE * (d.mean + d.std * n)).cpu().numpy()
+            if i % 100 == 99:
+                latents.flush()
+                progress.write_text(str(i + 1))
+    latents.flush()
+    save(labels_beside(path), lambda p: np.save(p, np.array(pictures.targets)))
+    os.replace(part, path)
+    progress.unlink(missing_ok=True)
+    print(f"{len(pictures)} latents of {len(pictures.classes)} classes are in {path}, labels beside it")
+
+
+def open_data(config, folder, latents=None):
     """The data of config.dataset, for the teacher. Raises UserError."""
-    data = ToyData(config.toy) if config.toy else PictureData(config.dataset, folder, config.flip)
+    if config.dataset == "imagenet" and not latents:
+        raise UserError("--dataset imagenet: give the --teacher to be distilled, a file of fmd, SiT or REPA or "
+                        f"one of {', '.join(RELEASED)}, or --latents FILE.npy to train one", 2)
+    if config.toy:
+        data = ToyData(config.toy)
+    else:
+        data = LatentData(latents) if latents else PictureData(config.dataset, folder, config.flip)
     if data.shape[1] % config.patch_size:
         raise UserError(f"--patch-size {config.patch_size} does not divide the side {data.shape[1]}", 2)
     return data
@@ -443,6 +586,7 @@ class DiT(nn.Module):
         self.guidance_embedder = Embedder(D) if guidance else None
         self.blocks = nn.ModuleList(Block(D, num_heads, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(D, p * p * in_channels)
+        self.activation_checkpointing = False
         self.initialize()
 
     def initialize(self):
@@ -459,14 +603,23 @@ class DiT(nn.Module):
             nn.init.zeros_(self.guidance_embedder.mlp[2].weight)  # so that from_teacher begins as the teacher
 
     @classmethod
+    def from_tensors(cls, settings, tensors):
+        """A network with these tensors, in float32, without drawing others first: XL is large. Raises
+        RuntimeError for tensors that do not fit."""
+        with torch.device("meta"):
+            network = cls(**settings)
+        network.load_state_dict({k: v.float().clone() for k, v in tensors.items()}, assign=True)
+        return network
+
+    @classmethod
     def from_teacher(cls, teacher, guidance=False):
         """A network of this class with the teacher's weights; an input for guidance changes nothing yet."""
-        network = cls(**{**teacher.settings, "guidance": guidance})
         tensors = teacher.state_dict()
-        for name in ("weight", "bias") if guidance else ():  # begins as that of the times, not at random
-            tensors.setdefault(f"guidance_embedder.mlp.0.{name}", tensors[f"t_embedder.mlp.0.{name}"])
-        network.load_state_dict(tensors, strict=False)  # the rest of guidance_embedder may be missing: zeros
-        return network.to(teacher.pos_embed.device)
+        for name in [k for k in tensors if k.startswith("t_embedder.")] if guidance else []:
+            # begins as that of the times, not at random, but for the output, which begins at zero
+            start = tensors[name] if ".mlp.0." in name else torch.zeros_like(tensors[name])
+            tensors.setdefault(name.replace("t_embedder", "guidance_embedder"), start)
+        return cls.from_tensors({**teacher.settings, "guidance": guidance}, tensors)
 
     def forward(self, x, t, y=None, guidance=None):
         c = self.t_embedder(t)
@@ -481,7 +634,8 @@ class DiT(nn.Module):
         x = nnf.linear(x, proj.weight.flatten(1), proj.bias) + self.pos_embed  # (B, T, D), tokens row by row
         T, x = x.shape[1], x.reshape(len(c), -1, x.shape[2])  # (G, B / G * T, D): one conditioning a group
         for block in self.blocks:
-            x = block(x, c, T)
+            recompute = self.activation_checkpointing and torch.is_grad_enabled()
+            x = recomputed(block, x, c, T, use_reentrant=False) if recompute else block(x, c, T)
         x = self.final_layer(x, c).view(-1, H // p, W // p, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, C, H, W)
 
@@ -604,6 +758,92 @@ def solve_ode(u, z, steps, method="heun", y=None, return_path=False):
     return torch.stack(path) if return_path else path[-1]
 
 
+# Pretrained teachers. SiT (arXiv 2401.08740) and REPA (arXiv 2410.06940) are DiTs with these tensor names. What
+# differs is folded into their weights, so that nothing else has to know where a teacher came from.
+
+RELEASED = {  # --teacher NAME: the file's name, and where its authors keep it
+    "sit-xl/2-256": ("SiT-XL-2-256x256.pt", "https://www.dl.dropboxusercontent.com/scl/fi/as9oeomcbub47de5g4be0/"
+                     "SiT-XL-2-256.pt?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=0"),
+    "repa-xl/2-256": ("REPA-SiT-XL-2-256x256.pt", "https://www.dl.dropboxusercontent.com/scl/fi/"
+                      "cxedbs4da5ugjq5wg3zrg/last.pt?rlkey=8otgrdkno0nd89po3dpwngwcc&st=apcc645o&dl=0"),
+}
+HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of S, B, L, XL, by their width: files do not tell
+
+
+def released(name):
+    """The path of a teacher of RELEASED, downloaded into torch.hub's folder if it is not there. Raises
+    UserError."""
+    file, url = RELEASED[name]
+    path = Path(torch.hub.get_dir(), "checkpoints", file)
+    if rank() == 0 and not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path))
+        except OSError as e:
+            raise UserError(f"--teacher {name} cannot be downloaded ({e}): go online, or download it by hand, "
+                            "from where its authors keep it, and give --teacher FILE") from e
+    wait_for_all()
+    return path
+
+
+def from_public(file, path, form=""):
+    """What a SiT or REPA file holds: the settings of a DiT and its tensors, both in this file's convention.
+
+    file: a state dict, or the dict of a training script, of which "ema" is taken; form: "sit", "repa" or "",
+    which reads it off the tensors: SiT has twice as many output channels, of which the second half is unused,
+    REPA has projectors. Raises UserError for files that are neither, or do not tell which.
+    """
+    source = file.get("ema") or file.get("model") or file
+    tensors = {k.removeprefix("module."): v for k, v in source.items()} if isinstance(source, dict) else {}
+    of_repa = any(k.startswith(("projectors.", "decoder_blocks.")) for k in tensors)
+    tensors = {k: v for k, v in tensors.items() if not k.startswith("projectors.")}
+    ndim = {"x_embedder.proj.weight": 4, "pos_embed": 3, "y_embedder.embedding_table.weight": 2,
+            "t_embedder.mlp.0.weight": 2, "blocks.0.attn.qkv.weight": 2, "final_layer.linear.weight": 2,
+            "final_layer.linear.bias": 1}
+    bad = [k for k, n in ndim.items() if getattr(tensors.get(k), "ndim", None) != n]
+    if bad:
+        raise UserError(f"{path} is not a teacher written by fmd, and as one of SiT or REPA it has tensors missing "
+                        f"or of a wrong shape: {', '.join(bad)}. Give another file")
+    n = 1 + max(int(k.split(".")[1]) for k in tensors if k.startswith("blocks."))
+    for k in [k for k in tensors if k.startswith("decoder_blocks.")]:  # how older files of REPA name the rest
+        _, i, rest = k.split(".", 2)
+        tensors[f"blocks.{int(i) + n}.{rest}"] = tensors.pop(k)
+    depth = 1 + max(int(k.split(".")[1]) for k in tensors if k.startswith("blocks."))
+    D, C, p, _ = tensors["x_embedder.proj.weight"].shape
+    args = vars(file["args"]) if isinstance(file.get("args"), argparse.Namespace) else {}
+    prediction, path_type = (str(args.get(k, "")) for k in ("prediction", "path_type"))
+    if prediction not in ("", "velocity", "v") or path_type.lower() not in ("", "linear"):
+        raise UserError(f"{path} was trained with --prediction {prediction} --path-type {path_type}: only velocities "
+                        "of the linear path can be distilled. Give another file")
+    of_sit = len(tensors["final_layer.linear.weight"]) == 2 * C * p * p
+    forms = {form: True, "sit": of_sit or prediction == "velocity" or form == "sit",
+             "repa": of_repa or prediction == "v" or form == "repa"}
+    if forms["sit"] == forms["repa"]:
+        what = "has signs of both SiT and REPA" if forms["sit"] else "does not tell whether it is SiT's or REPA's"
+        raise UserError(f"{path} {what}: --teacher-format sit, or repa, says so; they differ in sign and time", 2)
+    name, last = "SiT" if forms["sit"] else "REPA", ["final_layer.linear.weight", "final_layer.linear.bias"]
+    if name == "SiT":
+        # Its time is 1 - t: cos w(1 - t) = cos w cos wt + sin w sin wt, sin w(1 - t) = sin w cos wt - cos w sin wt
+        w = torch.exp(-math.log(10000) / 128 * torch.arange(128, dtype=torch.float64))
+        of_cos, of_sin = tensors["t_embedder.mlp.0.weight"].double().split(128, 1)
+        tensors["t_embedder.mlp.0.weight"] = torch.cat(
+            [of_cos * w.cos() + of_sin * w.sin(), of_cos * w.sin() - of_sin * w.cos()], 1)
+        for k in last if of_sit else []:
+            tensors[k] = tensors[k][torch.arange(len(tensors[k])) % (2 * C) < C]
+    else:
+        for k in last:  # its velocity points from data to noise
+            tensors[k] = -tensors[k]
+    norm = tensors.get("blocks.0.attn.q_norm.weight")
+    heads = HEADS.get(D, max(1, D // 64)) if norm is None else D // len(norm)
+    side = p * math.isqrt(tensors["pos_embed"].shape[1])
+    classes = len(tensors["y_embedder.embedding_table.weight"]) - 1
+    known = "" if D in HEADS or norm is not None else " (a guess: width / 64)"
+    print(f"{path}: {name}, {depth} blocks of width {D}, {heads} heads{known}, patch {p}"
+          f"{'' if norm is None else ', normalised queries and keys'}, {C} x {side} x {side}, {classes} labels")
+    return dict(input_size=side, in_channels=C, num_classes=classes, hidden_size=D, depth=depth,
+                num_heads=heads, patch_size=p, qk_norm=norm is not None), tensors
+
+
 # ------------------------------------------------------------------------------------------------------------
 # 5. Distillation
 # The paper. A student f(z, delta) = z + delta F(z, delta) is to become the teacher's flow map from the prior.
@@ -686,8 +926,9 @@ class Distiller(nn.Module):
     def __init__(self, student, critic, teacher, config):
         super().__init__()
         self.network, self.critic, self.teacher, self.config = student, critic, teacher, config
-        # E||D_G||, E||D_N|| of the step before: the same lambda however a batch is spread over machines
-        self.register_buffer("norms", torch.zeros(2))
+        # E||D_G||, E||D_N|| of the step before, over all processes and micro-batches: train() keeps them
+        self.register_buffer("norm_G", torch.zeros(()))
+        self.register_buffer("norm_N", torch.zeros(()))
 
     def forward(self, batch):
         c, split = self.config, len(batch["h"])  # of the groups, the first `split` predict
@@ -695,17 +936,17 @@ class Distiller(nn.Module):
         F = self.network(*inputs)  # one call for all: the samples that correct have delta = 1
         first, rest = ([v if v is None else v.tensor_split([split * len(v) // len(batch["delta"])])[half]
                         for v in (F, *inputs)] for half in (0, 1))
-        loss, figures, norms = 0.0, {}, self.norms.clone()
+        loss, figures = 0.0, {}
         if split:
-            loss, norms[0], figures["prediction"] = self.predict(*first, batch["h"])
+            loss, figures["norm_G"], figures["prediction"] = self.predict(*first, batch["h"])
         if len(batch["r"]):
-            correction, critic, norms[1], figures["correction"] = self.correct(*rest, batch["r"], batch["n"])
-            balance = c.alpha * self.norms[0] / (self.norms[1] + c.eps)  # lambda
+            correction, critic, figures["norm_N"], figures["correction"] = self.correct(
+                *rest, batch["r"], batch["n"])
+            balance = c.alpha * self.norm_G / (self.norm_N + c.eps)  # lambda
             if not split:
-                balance = torch.tensor(c.alpha)  # nothing to be balanced with
+                balance = torch.full_like(balance, c.alpha)  # nothing to be balanced with
             loss = loss + balance * correction + critic
             figures.update({"critic": critic.detach(), "lambda": balance})
-        self.norms.copy_(norms)
         return loss, figures
 
     def predict(self, F, z, delta, y, guidance, h):
@@ -743,6 +984,17 @@ def make_distiller(start, config):
         return Regression(student, teacher, config)
     critic = DiT.from_teacher(start, config.is_guided) if config.corrections else None
     return Distiller(student, critic, teacher, config).to(start.pos_embed.device)
+
+
+def share(batch, part, parts):
+    """Piece `part` of `parts` of a batch, a dict of tensors: as much of what predicts and of what corrects."""
+    split = len(batch["h"]) / len(batch["delta"]) if "h" in batch else 1
+
+    def piece(name, v):
+        cut = len(v) if name in ("h", "r", "n") else round(len(v) * split)
+        return torch.cat([half.tensor_split(parts)[part] for half in (v[:cut], v[cut:])])
+
+    return {name: piece(name, v) for name, v in batch.items()}
 
 
 def draw_noise(shape, num_classes, config, n, g):
@@ -875,21 +1127,76 @@ class TrainState:
             buffer.copy_(checkpoint["buffers"][name])
 
 
+def rank():
+    """The number of this process among those that torchrun started; 0 without it. Process 0 writes and speaks."""
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+
+
+def world_size():
+    """How many processes train together."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def wait_for_all():
+    """Go on when all processes are here."""
+    if world_size() > 1:
+        distributed.barrier()
+
+
+def mean_over_processes(v):
+    """The mean of a tensor over all processes, the same in each."""
+    if world_size() > 1:
+        distributed.all_reduce(v)
+        v /= world_size()
+    return v
+
+
+def micro_batches(config, world):
+    """Into how many pieces each of `world` processes cuts its share of a batch: the fewest that keep to
+    config.micro_batch_size, all alike, so that a mean over pieces is one over the batch. Raises UserError."""
+    size, limit, g = config.batch_size, config.micro_batch_size or math.inf, config.group_size
+
+    def fewest(size):
+        m = round(size * config.correction_share / g)  # groups that correct
+        return next((k for k in range(1, size // (g * world) + 1)
+                     if m % (world * k) == (size // g - m) % (world * k) == 0 and size / (world * k) <= limit), None)
+
+    if fewest(size) is None:
+        other = next((n for n in range(size, 8 * world * size, g) if fewest(n)), None)
+        raise UserError(f"--batch-size {size} cannot be dealt evenly to {world} processes in pieces of at most "
+                        f"{limit}, what predicts and what corrects: give a larger --micro-batch-size"
+                        f"{f' or --batch-size {other}' if other else ''}", 2)
+    return fewest(size)
+
+
 def train(module, draw, config, state=None):
     """Train module.network (and module.critic) from state.step to config.steps.
 
     module(batch) -> scalar loss, dict of figures; draw(step) -> dict of tensors. A generator: yields (step,
     figures, state) after every step, counted from 1; state.ema is the averaged network.
+    Every process draws the whole batch and takes its share; losses, gradients and figures are means over
+    processes and micro-batches. Figures with the name of one of the module's own buffers are kept in it.
     Raises UserError when a loss or a gradient is not finite, before it reaches the weights.
     """
     state = state or TrainState(module, config)
-    device = next(module.parameters()).device
+    device, pieces = next(module.parameters()).device, micro_batches(config, world_size())
+    parallel, buffers = module, dict(module.named_buffers(recurse=False))
+    if world_size() > 1:
+        parallel = DistributedDataParallel(module, broadcast_buffers=False)
     while state.step < config.steps:
         state.set_learning_rates()
-        loss, figures = module({k: v.to(device) for k, v in draw(state.step).items()})
         for optimizer in state.optimizers.values():
             optimizer.zero_grad()
-        loss.backward()
+        batch, sums = draw(state.step), []
+        for i in range(pieces):
+            piece = share(batch, rank() * pieces + i, world_size() * pieces) if world_size() * pieces > 1 else batch
+            waits = world_size() > 1 and i < pieces - 1  # gradients are exchanged with the last piece only
+            with parallel.no_sync() if waits else contextlib.nullcontext():
+                with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                    loss, figures = parallel({k: v.to(device) for k, v in piece.items()})
+                (loss / pieces).backward()
+            sums.append(torch.stack([loss.detach(), *figures.values()]))
+        loss, *means = mean_over_processes(torch.stack(sums).mean(0)).unbind()
         norms = [nn.utils.clip_grad_norm_(state.parameters[name], config.clip) for name in state.networks]
         if not math.isfinite(loss.item() + sum(norms).item()):
             raise UserError(f"step {state.step + 1}: loss {loss:.3g}, gradient {sum(norms):.3g}: not finite. "
@@ -898,6 +1205,9 @@ def train(module, draw, config, state=None):
             optimizer.step()
         state.average()
         state.step += 1
+        figures = dict(zip(figures, means))
+        for name in buffers.keys() & figures.keys():
+            buffers[name].copy_(figures[name])
         yield state.step, figures, state
 
 

@@ -560,7 +560,8 @@ def test_gradient_of_the_correction_is_that_of_its_equation():
     config = fmd.Config(alpha=0.7, correction_share=0.5, decay=0.0)
     student, critic, teacher = small(fmd.FlowMap, 1), small(seed=3), small(seed=2)
     distiller = fmd.Distiller(student, critic, teacher, config).double()
-    distiller.norms.copy_(torch.tensor([2.0, 5.0]))
+    distiller.norm_G.fill_(2.0)
+    distiller.norm_N.fill_(5.0)
     z, r, n, y = noise(6, 2, 1, 1), times(6), noise(6, 2, 1, 1, seed=5), torch.tensor([0, 1, 2, 3, 0, 1])
     delta, h = times(6, seed=8), torch.full((6,), 0.01).double()
     z_p, one = noise(6, 2, 1, 1, seed=9), torch.ones(6).double()
@@ -584,7 +585,7 @@ def test_gradient_of_the_correction_is_that_of_its_equation():
     rms = D_N.flatten(1).square().mean(1)
     assert figures["correction"].item() == pytest.approx(rms.mean().item())
     assert figures["critic"].item() == pytest.approx(critic_loss.item())
-    assert distiller.norms[1].item() == pytest.approx(rms.sqrt().mean().item())
+    assert figures["norm_N"].item() == pytest.approx(rms.sqrt().mean().item())
 
 
 @pytest.mark.parametrize("tokens", [1, 4])
@@ -619,7 +620,8 @@ def test_losses_in_groups_equal_those_of_single_samples(group_size):
     found, networks = [], (small(fmd.FlowMap, 1, guidance=True), small(seed=2, guidance=True), small(seed=3))
     for data in (batch, single):
         distiller = fmd.Distiller(*networks, config)
-        distiller.norms.fill_(1.0)
+        distiller.norm_G.fill_(1.0)
+        distiller.norm_N.fill_(1.0)
         loss, figures = distiller({k: v.double() if v.is_floating_point() else v for k, v in data.items()})
         found.append([loss, *figures.values(), *gradients(loss, distiller.network)])
     for a, b in zip(*found):
