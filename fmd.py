@@ -48,6 +48,7 @@ import signal
 import sys
 import time
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,7 @@ from torch import distributed, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recomputed
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -190,8 +192,7 @@ class Config:
              f"--batch-size {self.batch_size} cannot be split by --correction-share {self.correction_share} "
              f"into whole groups of --group-size {self.group_size}: give a larger batch")
         need(self.prediction != "difference" or self.precision == "float32",
-             "--prediction difference: a small difference drowns in the rounding of bfloat16; use jvp or step, "
-             "or --precision float32")
+             "--prediction difference drowns in bfloat16's rounding: use jvp, step or --precision float32")
         need(not self.flip or self.dataset != "imagenet", "--flip: mirror pictures before they are encoded")
         need(self.guidance_min <= self.guidance_max, "--guidance-min is above --guidance-max: exchange them")
         need(self.guidance == 0 or self.guidance_min <= self.guidance <= self.guidance_max,
@@ -229,8 +230,9 @@ PRESETS = {
     "cifar10": dict(PICTURES, teacher_steps=200000, steps=100000, flip=True),
     "imagenet": dict(PICTURES, hidden_size=1152, depth=28, num_heads=16, precision="bfloat16",
                      micro_batch_size=32, teacher_steps=400000, teacher_learning_rate=1e-4, steps=100000,
-                     guidance_max=3.0, guidance=1.5, decay=1.0, alpha=1.0, ema_decay=0.9999, eval_samples=2000, eval_paths=64,
-                     eval_batch_size=50, eval_interval=1000, checkpoint_interval=2500),
+                     guidance_max=3.0, guidance=1.5, decay=1.0, alpha=1.0, ema_decay=0.9999,
+                     eval_samples=2000, eval_paths=64, eval_batch_size=50, eval_interval=1000,
+                     checkpoint_interval=2500),
 }
 # With --quick: minutes on two cores.
 QUICK_PICTURES = dict(hidden_size=96, depth=4, num_heads=3, patch_size=4, optimizer="muon", eval_samples=500,
@@ -365,6 +367,7 @@ class PictureData(LabelledData):
         return x
 
 
+VAE = "stabilityai/sd-vae-ft-ema"
 LATENT_SCALE = 0.18215  # of Stable Diffusion's autoencoder: latents have a standard deviation near 1
 
 
@@ -382,12 +385,13 @@ class LatentData(LabelledData):
     def __init__(self, path):
         beside = labels_beside(path)
         x, y = read_array(path, "--latents", mmap_mode="r"), read_array(beside, "--latents, for its labels,")
-        if x.ndim != 4 or x.shape[1] != 4 or x.shape[2] != x.shape[3] or x.dtype not in ("float16", "float32"):
+        shape = x.shape if x.ndim == 4 else (0, 0, 0, 0)
+        if shape[1] != 4 or shape[2] != shape[3] or x.dtype not in ("float16", "float32"):
             raise UserError(f"{path} holds {x.dtype} of shape {x.shape}: --latents takes N x 4 x S x S in "
                             "float16 or float32; --encode FOLDER makes it of pictures")
         if y.shape != (len(x),) or y.dtype.kind not in "iu" or not len(y) or y.min() < 0 or y.max() > 999:
-            raise UserError(f"{beside} does not hold {len(x)} labels, whole numbers from 0 to 999: it has to, "
-                            f"one for each row of {path}")
+            raise UserError(f"{beside} does not hold {len(x)} whole numbers from 0 to 999: give a label for "
+                            f"each row of {path}")
         self.x, self.shape = x, x.shape[1:]
         self.sort(torch.as_tensor(y.astype(np.int64)))
         some = self.take(torch.linspace(0, len(x) - 1, min(len(x), 1000)).long())
@@ -404,7 +408,8 @@ def load_vae(name, device):
     try:
         from diffusers import AutoencoderKL  # optional, and slow to import
 
-        return AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False).to(device).eval().requires_grad_(False)
+        vae = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False)
+        return vae.to(device).eval().requires_grad_(False)
     except ImportError as e:
         raise UserError(f"--vae {name} needs diffusers ({e}): pip install diffusers") from e
     except (OSError, ValueError, RuntimeError) as e:
@@ -423,7 +428,7 @@ def as_pictures(x, vae=None, size=8):
         return torch.cat([vae.decode(part / LATENT_SCALE).sample.cpu() for part in x.split(size)])
 
 
-def encode(folder, path, vae, seed=0, side=256, size=16, resume=False):
+def encode(folder, path, vae, seed=0, side=256, size=16, resume=False, overwrite=False):
     """Write what LatentData reads, in float16: a sample of the autoencoder's posterior for each picture of a
     folder of folders, one a class, cut to side x side from its middle. A file .part grows beside `path`, and
     with resume=True one that was left is continued, to the same numbers. Raises UserError."""
@@ -433,11 +438,16 @@ def encode(folder, path, vae, seed=0, side=256, size=16, resume=False):
     try:
         pictures = datasets.ImageFolder(folder, look)
     except (OSError, RuntimeError) as e:
-        raise UserError(f"--encode {folder}: {e}. Give a folder that has a folder of pictures for each class") from e
+        raise UserError(f"--encode {folder}: give a folder of folders of pictures, one a class ({e})") from e
     if len(pictures.classes) > LatentData.num_classes:
-        raise UserError(f"--encode {folder} has {len(pictures.classes)} classes: 1000 at most")
-    device, part, progress = next(vae.parameters()).device, *(path.with_suffix(s) for s in (".part", ".done"))
-    first = int(progress.read_text()) if resume and part.exists() and progress.exists() else 0
+        raise UserError(f"--encode {folder} has {len(pictures.classes)} classes: give 1000 at most")
+    part, progress = path.with_suffix(".part.npy"), path.with_suffix(".part.txt")
+    if (path.exists() or part.exists()) and not resume and not overwrite:
+        raise UserError(f"{path} is there, or begun: --resume goes on with it, --overwrite replaces it", 2)
+    if path.exists() and resume:
+        return print(f"{path} is finished: --overwrite encodes it anew")
+    device = next(vae.parameters()).device
+    first = int(progress.read_text()) if resume and progress.exists() else 0
     channels, scale = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
     latents = np.lib.format.open_memmap(part, "r+" if first else "w+", np.float16,
                                         (len(pictures), channels, side // scale, side // scale))
@@ -451,7 +461,7 @@ def encode(folder, path, vae, seed=0, side=256, size=16, resume=False):
             latents[batches[i].numpy()] = (LATENT_SCALE * (d.mean + d.std * n)).cpu().numpy()
             if i % 100 == 99:
                 latents.flush()
-                progress.write_text(str(i + 1))
+                save(progress, lambda p, done=i + 1: p.write_text(str(done)))
     latents.flush()
     save(labels_beside(path), lambda p: np.save(p, np.array(pictures.targets)))
     os.replace(part, path)
@@ -462,8 +472,8 @@ def encode(folder, path, vae, seed=0, side=256, size=16, resume=False):
 def open_data(config, folder, latents=None):
     """The data of config.dataset, for the teacher. Raises UserError."""
     if config.dataset == "imagenet" and not latents:
-        raise UserError("--dataset imagenet: give the --teacher to be distilled, a file of fmd, SiT or REPA or "
-                        f"one of {', '.join(RELEASED)}, or --latents FILE.npy to train one", 2)
+        raise UserError("--dataset imagenet: give a --teacher to distill, a file of fmd, SiT or REPA or one "
+                        f"of {', '.join(RELEASED)}; or --latents FILE.npy to train one", 2)
     if config.toy:
         data = ToyData(config.toy)
     else:
@@ -758,15 +768,16 @@ def solve_ode(u, z, steps, method="heun", y=None, return_path=False):
     return torch.stack(path) if return_path else path[-1]
 
 
-# Pretrained teachers. SiT (arXiv 2401.08740) and REPA (arXiv 2410.06940) are DiTs with these tensor names. What
-# differs is folded into their weights, so that nothing else has to know where a teacher came from.
+# Pretrained teachers. SiT (arXiv 2401.08740) and REPA (arXiv 2410.06940) are DiTs with these tensor names.
+# What differs is folded into their weights, so that nothing else has to know where a teacher came from.
 
 RELEASED = {  # --teacher NAME: the file's name, and where its authors keep it
-    "sit-xl/2-256": ("SiT-XL-2-256x256.pt", "https://www.dl.dropboxusercontent.com/scl/fi/as9oeomcbub47de5g4be0/"
-                     "SiT-XL-2-256.pt?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=0"),
+    "sit-xl/2-256": ("SiT-XL-2-256x256.pt", "https://www.dl.dropboxusercontent.com/scl/fi/"
+                     "as9oeomcbub47de5g4be0/SiT-XL-2-256.pt?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=0"),
     "repa-xl/2-256": ("REPA-SiT-XL-2-256x256.pt", "https://www.dl.dropboxusercontent.com/scl/fi/"
                       "cxedbs4da5ugjq5wg3zrg/last.pt?rlkey=8otgrdkno0nd89po3dpwngwcc&st=apcc645o&dl=0"),
 }
+SIZES = ["hidden_size", "depth", "num_heads", "patch_size"]  # fields of Config that a teacher decides
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of S, B, L, XL, by their width: files do not tell
 
 
@@ -780,14 +791,14 @@ def released(name):
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path))
         except OSError as e:
-            raise UserError(f"--teacher {name} cannot be downloaded ({e}): go online, or download it by hand, "
-                            "from where its authors keep it, and give --teacher FILE") from e
+            raise UserError(f"--teacher {name} cannot be downloaded ({e}): go online, or fetch its file by "
+                            "hand and give --teacher FILE") from e
     wait_for_all()
     return path
 
 
 def from_public(file, path, form=""):
-    """What a SiT or REPA file holds: the settings of a DiT and its tensors, both in this file's convention.
+    """What a SiT or REPA file holds, in our convention: its format, the settings of a DiT, the tensors.
 
     file: a state dict, or the dict of a training script, of which "ema" is taken; form: "sit", "repa" or "",
     which reads it off the tensors: SiT has twice as many output channels, of which the second half is unused,
@@ -798,12 +809,14 @@ def from_public(file, path, form=""):
     of_repa = any(k.startswith(("projectors.", "decoder_blocks.")) for k in tensors)
     tensors = {k: v for k, v in tensors.items() if not k.startswith("projectors.")}
     ndim = {"x_embedder.proj.weight": 4, "pos_embed": 3, "y_embedder.embedding_table.weight": 2,
-            "t_embedder.mlp.0.weight": 2, "blocks.0.attn.qkv.weight": 2, "final_layer.linear.weight": 2,
+            "blocks.0.attn.qkv.weight": 2, "final_layer.linear.weight": 2,
             "final_layer.linear.bias": 1}
     bad = [k for k, n in ndim.items() if getattr(tensors.get(k), "ndim", None) != n]
+    if getattr(tensors.get("t_embedder.mlp.0.weight"), "shape", (0,))[-1] != 256:
+        bad.append("t_embedder.mlp.0.weight")
     if bad:
-        raise UserError(f"{path} is not a teacher written by fmd, and as one of SiT or REPA it has tensors missing "
-                        f"or of a wrong shape: {', '.join(bad)}. Give another file")
+        raise UserError(f"{path} is not a teacher written by fmd, and as one of SiT or REPA it has tensors "
+                        f"missing or of a wrong shape: {', '.join(bad)}. Give another file")
     n = 1 + max(int(k.split(".")[1]) for k in tensors if k.startswith("blocks."))
     for k in [k for k in tensors if k.startswith("decoder_blocks.")]:  # how older files of REPA name the rest
         _, i, rest = k.split(".", 2)
@@ -813,17 +826,16 @@ def from_public(file, path, form=""):
     args = vars(file["args"]) if isinstance(file.get("args"), argparse.Namespace) else {}
     prediction, path_type = (str(args.get(k, "")) for k in ("prediction", "path_type"))
     if prediction not in ("", "velocity", "v") or path_type.lower() not in ("", "linear"):
-        raise UserError(f"{path} was trained with --prediction {prediction} --path-type {path_type}: only velocities "
-                        "of the linear path can be distilled. Give another file")
+        raise UserError(f"{path} was trained with prediction {prediction} and path type {path_type}: give "
+                        "one that predicts velocities of the linear path")
     of_sit = len(tensors["final_layer.linear.weight"]) == 2 * C * p * p
     forms = {form: True, "sit": of_sit or prediction == "velocity" or form == "sit",
              "repa": of_repa or prediction == "v" or form == "repa"}
     if forms["sit"] == forms["repa"]:
-        what = "has signs of both SiT and REPA" if forms["sit"] else "does not tell whether it is SiT's or REPA's"
-        raise UserError(f"{path} {what}: --teacher-format sit, or repa, says so; they differ in sign and time", 2)
-    name, last = "SiT" if forms["sit"] else "REPA", ["final_layer.linear.weight", "final_layer.linear.bias"]
-    if name == "SiT":
-        # Its time is 1 - t: cos w(1 - t) = cos w cos wt + sin w sin wt, sin w(1 - t) = sin w cos wt - cos w sin wt
+        what = "has marks of both SiT and REPA" if forms["sit"] else "does not tell SiT from REPA"
+        raise UserError(f"{path} {what}, which differ in sign and time: give the right --teacher-format")
+    last = ["final_layer.linear.weight", "final_layer.linear.bias"]
+    if forms["sit"]:  # time is 1 - t, and cos w(1 - t) = cos w cos wt + sin w sin wt, sin w(1 - t) = ...
         w = torch.exp(-math.log(10000) / 128 * torch.arange(128, dtype=torch.float64))
         of_cos, of_sin = tensors["t_embedder.mlp.0.weight"].double().split(128, 1)
         tensors["t_embedder.mlp.0.weight"] = torch.cat(
@@ -837,11 +849,9 @@ def from_public(file, path, form=""):
     heads = HEADS.get(D, max(1, D // 64)) if norm is None else D // len(norm)
     side = p * math.isqrt(tensors["pos_embed"].shape[1])
     classes = len(tensors["y_embedder.embedding_table.weight"]) - 1
-    known = "" if D in HEADS or norm is not None else " (a guess: width / 64)"
-    print(f"{path}: {name}, {depth} blocks of width {D}, {heads} heads{known}, patch {p}"
-          f"{'' if norm is None else ', normalised queries and keys'}, {C} x {side} x {side}, {classes} labels")
-    return dict(input_size=side, in_channels=C, num_classes=classes, hidden_size=D, depth=depth,
-                num_heads=heads, patch_size=p, qk_norm=norm is not None), tensors
+    return dict(format="SiT" if forms["sit"] else "REPA", ema=tensors, network=dict(
+        input_size=side, in_channels=C, num_classes=classes, hidden_size=D, depth=depth, num_heads=heads,
+        patch_size=p, qk_norm=norm is not None))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -934,8 +944,7 @@ class Distiller(nn.Module):
         c, split = self.config, len(batch["h"])  # of the groups, the first `split` predict
         inputs = batch["z"], batch["delta"], batch["y"], batch.get("guidance")
         F = self.network(*inputs)  # one call for all: the samples that correct have delta = 1
-        first, rest = ([v if v is None else v.tensor_split([split * len(v) // len(batch["delta"])])[half]
-                        for v in (F, *inputs)] for half in (0, 1))
+        first, rest = self.halves(F, inputs, split)
         loss, figures = 0.0, {}
         if split:
             loss, figures["norm_G"], figures["prediction"] = self.predict(*first, batch["h"])
@@ -948,6 +957,12 @@ class Distiller(nn.Module):
             loss = loss + balance * correction + critic
             figures.update({"critic": critic.detach(), "lambda": balance})
         return loss, figures
+
+    @staticmethod
+    def halves(F, inputs, split):
+        """F and the inputs z, delta, y, guidance, of the first `split` groups and of the others."""
+        return zip(*((v, v) if v is None else v.tensor_split([split * len(v) // len(inputs[1])])
+                     for v in (F, *inputs)))
 
     def predict(self, F, z, delta, y, guidance, h):
         c, u = self.config, guided(self.teacher, guidance, self.config.guidance_interval)
@@ -987,7 +1002,9 @@ def make_distiller(start, config):
 
 
 def share(batch, part, parts):
-    """Piece `part` of `parts` of a batch, a dict of tensors: as much of what predicts and of what corrects."""
+    """Piece `part` of `parts` of a batch: as much of what predicts and of what corrects in each."""
+    if parts == 1:
+        return batch
     split = len(batch["h"]) / len(batch["delta"]) if "h" in batch else 1
 
     def piece(name, v):
@@ -1102,10 +1119,27 @@ class TrainState:
         self.parameters = {name: list(part.parameters()) for name, part in self.parts.items()
                            if isinstance(part, nn.Module)}  # to walk through modules takes time
 
-    def average(self):
-        """ema + (1 - decay) (weights - ema), with less decay at first, when ema is near the first weights."""
+    def fit_to_machine(self):
+        """Have the networks recompute their activations, or be compiled, as config says."""
+        for network in self.networks.values():
+            network.activation_checkpointing = self.config.activation_checkpointing
+        for network in [*self.networks.values(), getattr(self.module, "teacher", None)]:
+            if self.config.compile and isinstance(network, nn.Module):
+                network.compile()
+
+    def clip(self):
+        """Clip the gradients, network by network; returns the sum of their norms before."""
+        limit = self.config.clip
+        return sum(nn.utils.clip_grad_norm_(self.parameters[name], limit) for name in self.networks)
+
+    def update(self):
+        """A step of the optimizers. ema becomes ema + (1 - decay) (weights - ema), with less decay at first,
+        when it is near the first weights."""
+        for optimizer in self.optimizers.values():
+            optimizer.step()
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(self.parameters["ema"], self.parameters["model"], 1 - decay)
+        self.step += 1
 
     def set_learning_rates(self):
         """The peak, times a linear rise, times a linear fall that would reach 0 one step after the last."""
@@ -1128,7 +1162,7 @@ class TrainState:
 
 
 def rank():
-    """The number of this process among those that torchrun started; 0 without it. Process 0 writes and speaks."""
+    """The number of this process among those that torchrun started; 0, which writes and speaks, without."""
     return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
 
 
@@ -1159,12 +1193,13 @@ def micro_batches(config, world):
     def fewest(size):
         m = round(size * config.correction_share / g)  # groups that correct
         return next((k for k in range(1, size // (g * world) + 1)
-                     if m % (world * k) == (size // g - m) % (world * k) == 0 and size / (world * k) <= limit), None)
+                     if m % (world * k) == (size // g - m) % (world * k) == 0
+                     and size / (world * k) <= limit), None)
 
     if fewest(size) is None:
         other = next((n for n in range(size, 8 * world * size, g) if fewest(n)), None)
-        raise UserError(f"--batch-size {size} cannot be dealt evenly to {world} processes in pieces of at most "
-                        f"{limit}, what predicts and what corrects: give a larger --micro-batch-size"
+        raise UserError(f"--batch-size {size} cannot be dealt evenly to {world} processes in pieces of at "
+                        f"most {limit}, what predicts and what corrects: give a larger --micro-batch-size"
                         f"{f' or --batch-size {other}' if other else ''}", 2)
     return fewest(size)
 
@@ -1189,7 +1224,7 @@ def train(module, draw, config, state=None):
             optimizer.zero_grad()
         batch, sums = draw(state.step), []
         for i in range(pieces):
-            piece = share(batch, rank() * pieces + i, world_size() * pieces) if world_size() * pieces > 1 else batch
+            piece = share(batch, rank() * pieces + i, world_size() * pieces)
             waits = world_size() > 1 and i < pieces - 1  # gradients are exchanged with the last piece only
             with parallel.no_sync() if waits else contextlib.nullcontext():
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
@@ -1197,14 +1232,11 @@ def train(module, draw, config, state=None):
                 (loss / pieces).backward()
             sums.append(torch.stack([loss.detach(), *figures.values()]))
         loss, *means = mean_over_processes(torch.stack(sums).mean(0)).unbind()
-        norms = [nn.utils.clip_grad_norm_(state.parameters[name], config.clip) for name in state.networks]
-        if not math.isfinite(loss.item() + sum(norms).item()):
-            raise UserError(f"step {state.step + 1}: loss {loss:.3g}, gradient {sum(norms):.3g}: not finite. "
+        norm = state.clip()
+        if not math.isfinite(loss.item() + norm.item()):
+            raise UserError(f"step {state.step + 1}: loss {loss:.3g}, gradient {norm:.3g}: not finite. "
                             "The last checkpoint is good; start anew with a lower learning rate")
-        for optimizer in state.optimizers.values():
-            optimizer.step()
-        state.average()
-        state.step += 1
+        state.update()
         figures = dict(zip(figures, means))
         for name in buffers.keys() & figures.keys():
             buffers[name].copy_(figures[name])
@@ -1234,16 +1266,23 @@ def save(path, write):
         part.unlink(missing_ok=True)
 
 
-def read_checkpoint(path, kind):
-    """The dict that a stage saved. Raises UserError for anything but a whole file of fmd, of this kind."""
+def read_checkpoint(path, kind, form=""):
+    """The dict that a stage saved; for a teacher also one made of a SiT or REPA file, see from_public. Raises
+    UserError for anything but a whole file of this kind."""
     advice = f"give a {kind} written by fmd"
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # SiT and REPA keep their settings so
+            checkpoint = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError as e:
         raise UserError(f"there is no {path}: check the name, or train a {kind} first") from e
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as e:
         raise UserError(f"{path} cannot be read: it is cut off, no checkpoint, or holds pickled objects, "
                         f"which are never loaded; {advice}") from e
+    if kind == "teacher" and isinstance(checkpoint, dict) and "kind" not in checkpoint:
+        checkpoint = from_public(checkpoint, path, form)
+        sizes = {k: checkpoint["network"][k] for k in SIZES}
+        config = Config(**{"dataset": "imagenet", **PRESETS["imagenet"], **sizes})
+        return dict(checkpoint, kind=kind, config=config, step=config.teacher_steps, seconds=None)
     if not isinstance(checkpoint, dict) or checkpoint.get("kind") != kind:
         raise UserError(f"{path} is not a {kind} written by fmd: give one that is")
     try:
@@ -1255,21 +1294,33 @@ def read_checkpoint(path, kind):
 def load_network(cls, checkpoint, path, device="cpu"):
     """The averaged network of a checkpoint, frozen. Raises UserError, naming tensors that do not fit."""
     try:
-        network, tensors = cls(**checkpoint["network"]), dict(checkpoint["ema"])
+        with torch.device("meta"):
+            expected, tensors = cls(**checkpoint["network"]).state_dict(), dict(checkpoint["ema"])
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
         raise UserError(f"{path} does not describe its network ({e!r}): give a file written by fmd") from e
-    shapes = [{k: getattr(v, "shape", None) for k, v in d.items()} for d in (network.state_dict(), tensors)]
+    shapes = [{k: getattr(v, "shape", None) for k, v in d.items()} for d in (expected, tensors)]
     bad = sorted(k for k in {**shapes[0], **shapes[1]} if shapes[0].get(k) != shapes[1].get(k))
     if bad:
         raise UserError(f"{path}: tensors missing, left over or of a wrong shape: {', '.join(bad[:5])}"
                         f"{' ...' if len(bad) > 5 else ''}. Give another file")
-    network.load_state_dict(tensors)
-    return network.to(device).eval().requires_grad_(False)
+    return cls.from_tensors(checkpoint["network"], tensors).to(device).eval().requires_grad_(False)
 
 
-def load_teacher(path, device="cpu"):
-    """A DiT, called as u(x, t, y), from a teacher.pt: the average of its weights. Raises UserError."""
-    return load_network(DiT, read_checkpoint(path, "teacher"), path, device)
+def open_teacher(path, device="cpu", form=""):
+    """The checkpoint of a teacher and its network; says in one line what was found. Raises UserError."""
+    checkpoint = read_checkpoint(path, "teacher", form)
+    network, s = load_network(DiT, checkpoint, path, device), checkpoint["network"]
+    known, (C, H, W) = "format" not in checkpoint or s["qk_norm"] or s["hidden_size"] in HEADS, network.shape
+    print(f"{path}: {checkpoint.get('format', 'fmd')}, {s['depth']} blocks of width {s['hidden_size']}, "
+          f"{s['num_heads']} heads{'' if known else ' (a guess: width / 64)'}, patch {s['patch_size']}, "
+          f"{'q/k normalised, ' * s['qk_norm']}samples {C} x {H} x {W}, {s['num_classes']} labels")
+    return checkpoint, network
+
+
+def load_teacher(path, device="cpu", form=""):
+    """A DiT, called as u(x, t, y), from a teacher.pt (the average of its weights), or from a file of SiT or
+    REPA; form: "sit" or "repa" for one that does not tell. Raises UserError."""
+    return open_teacher(path, device, form)[1]
 
 
 def load_student(path, device="cpu"):
@@ -1286,6 +1337,14 @@ def read_log(path):
     return lines
 
 
+def stage_config(kind, config):
+    """The settings with which train() trains the teacher are those of the teacher's own."""
+    c = config
+    return c if kind == "student" else dataclasses.replace(
+        c, steps=c.teacher_steps, learning_rate=c.teacher_learning_rate, batch_size=c.teacher_batch_size,
+        correction_share=0.0)
+
+
 def run_stage(kind, module, draw, config, out, resume=None, score=None, **extra):
     """Train with a progress bar, metrics.jsonl and out/<kind>.pt, from the checkpoint `resume` if given.
 
@@ -1293,10 +1352,9 @@ def run_stage(kind, module, draw, config, out, resume=None, score=None, **extra)
     SIGTERM finish the step, save, and raise UserError with the command that goes on.
     """
     path, log_path, settings = out / f"{kind}.pt", out / "metrics.jsonl", dataclasses.asdict(config)
-    if kind == "teacher":
-        steps, rate = config.teacher_steps, config.teacher_learning_rate
-        config = dataclasses.replace(config, steps=steps, learning_rate=rate)
+    config, writes = stage_config(kind, config), rank() == 0
     state, began = TrainState(module, config), time.perf_counter()
+    state.fit_to_machine()
     if resume:
         try:
             state.restore(resume)
@@ -1307,21 +1365,25 @@ def run_stage(kind, module, draw, config, out, resume=None, score=None, **extra)
     def keep():
         checkpoint = dict(kind=kind, config=settings, network=module.network.settings, versions=VERSIONS,
                           seconds=time.perf_counter() - began, **extra, **state.checkpoint())
-        save(path, functools.partial(torch.save, checkpoint))
+        if writes:
+            save(path, functools.partial(torch.save, checkpoint))
         return checkpoint
 
     # Lines of this stage past the checkpoint will come again.
     lines = [line for line in read_log(log_path) if line["stage"] != kind or line["step"] <= state.step]
-    save(log_path, lambda p: p.write_text("".join(json.dumps(line) + "\n" for line in lines)))
+    if writes:
+        save(log_path, lambda p: p.write_text("".join(json.dumps(line) + "\n" for line in lines)))
     last, sums, shown = keep(), {}, {}  # before the first step: a folder that cannot be written is found now
-    with deferred_interrupts() as interrupts, open(log_path, "a") as log, tqdm(
-        desc=kind, total=config.steps, initial=state.step, unit="step", dynamic_ncols=True, disable=None
+    with deferred_interrupts() as interrupts, open(log_path if writes else os.devnull, "a") as log, tqdm(
+        desc=kind, total=config.steps, initial=state.step, unit="step", dynamic_ncols=True,
+        disable=None if writes else True
     ) as bar:
         for step, figures, _ in train(module, draw, config, state):
-            done, measured = bool(interrupts) or step == config.steps, {}
+            stop = mean_over_processes(state.ema.pos_embed.new_full((), len(interrupts))) > 0  # all or none
+            done, measured = bool(stop) or step == config.steps, {}
             for name, value in figures.items():
                 sums.setdefault(name, []).append(value)
-            if score and (done or step % config.eval_interval == 0):
+            if score and writes and (done or step % config.eval_interval == 0):
                 measured["endpoint_error"] = score(state.ema)
             if done or measured or step % config.log_interval == 0:
                 measured.update({name: torch.stack(values).mean().item() for name, values in sums.items()})
@@ -1332,7 +1394,7 @@ def run_stage(kind, module, draw, config, out, resume=None, score=None, **extra)
             if done or step % config.checkpoint_interval == 0:
                 last = keep()
             bar.update()
-            if interrupts:
+            if stop:
                 raise UserError(f"interrupted; {path} is saved at step {step} of {config.steps}. Go on with: "
                                 f"python fmd.py --out {out} --resume")
     print(f"{kind}: {config.steps} steps in {last['seconds']:.1f} s, {path}")
@@ -1501,11 +1563,11 @@ def coverage(toy, x):
     return dict(outside=outside.float().mean().item(), emptiest=(counts.min() * len(counts) / len(x)).item())
 
 
-def evaluate(student, start, config, out, files, data=None):
+def evaluate(student, start, config, out, files, data=None, vae=None):
     """Figures into metrics.json, pictures beside it, all under conditions().
 
     start: the teacher's network; files: both checkpoints; data: as open_data gives it, or None to compare
-    with the teacher only. metrics.json is written last: it says that a run is complete.
+    with the teacher only; vae: see as_pictures. metrics.json is written last: it says that a run is complete.
     """
     c, n, device, steps = config, config.eval_samples, start.pos_embed.device, config.solver_steps
     batched, (y, strength) = functools.partial(in_batches, c.eval_batch_size), conditions(start, c, n)
@@ -1531,7 +1593,11 @@ def evaluate(student, start, config, out, files, data=None):
         metrics["coverage"] = {name: coverage(TOYS[c.toy], x) for name, x in sets.items()}
     count = 8 * EVALUATIONS["rk4"] * (1 + c.is_guided)  # behind `ends`
     titles = {"teacher": f"teacher, {count} evaluations", "student": "student, 1 evaluation"}
-    save_figure(plot_samples({name: x[:4000] for name, x in sets.items()}, titles), out / "comparison.png")
+    shown = 4000 if is_plane(z) else 40
+    shown = {name: as_pictures(x[:shown], vae) for name, x in sets.items()}
+    save_figure(plot_samples(shown, titles), out / "comparison.png")
+    few = 9 if vae else 40 if is_plane(z) else 36
+    path, jumps = (torch.stack([as_pictures(x[:few], vae) for x in xs]) for xs in (path, jumps))
     save_figure(plot_paths(path, jumps) if is_plane(path) else plot_filmstrip(path, jumps), out / "paths.png")
     save_figure(plot_error({"student": errors}), out / "error.png")
     save_figure(plot_losses(read_log(out / "metrics.jsonl")), out / "losses.png")
@@ -1542,7 +1608,8 @@ def evaluate(student, start, config, out, files, data=None):
         labels = conditions(start, dataclasses.replace(c, score_labels=True), len(noise))[0]
         rows = [[solve_ode(make_teacher(start, c, gamma), noise, 8, "rk4", labels),
                  jump(student, noise, labels, gamma)] for gamma in strengths]
-        figure = plot_guidance(*map(torch.stack, zip(*rows)), strengths.flatten().tolist())
+        pictures = (torch.stack([as_pictures(x, vae) for x in xs]) for xs in zip(*rows))
+        figure = plot_guidance(*pictures, strengths.flatten().tolist())
         save_figure(figure, out / "guidance.png")
     save(out / "metrics.json", lambda p: p.write_text(json.dumps(metrics, indent=1) + "\n"))
     print(f"endpoint error {errors[-1]:.4f} of the spread; SW2 {sw2 / floor:.3f} times its floor {floor:.4f} "
@@ -1551,6 +1618,142 @@ def evaluate(student, start, config, out, files, data=None):
         print(f"{name:>8}: {found['outside']:6.2%} outside the toy; "
               f"emptiest part {found['emptiest']:.2f} of its due")
     print(f"pictures and metrics.json are in {out}")
+
+
+def forwards_needed(config):
+    """What a step cannot do without, in forwards of one sample through the network: {part: number}. Backward
+    passes count as two, a value with its derivative (JVP) as two; guidance doubles the teacher."""
+    c, g, training = config, 1 + config.is_guided, 3 + config.activation_checkpointing
+    target = {"step": 1 + EVALUATIONS["rk4"] * g, "jvp": 2 + g, "difference": 2 + g}[c.prediction]
+    return {"student": training * c.batch_size, "prediction": target * (c.batch_size - c.corrections),
+            "correction": (g + training) * c.corrections}
+
+
+def saved_bytes(network, *inputs):
+    """Bytes that the backward pass of one call needs, without the network's own."""
+    own, saved = {v.untyped_storage().data_ptr() for v in network.state_dict().values()}, {}
+
+    def note(v):  # a storage counts once; what is noted is kept alive, so that no address comes twice
+        saved[v.untyped_storage().data_ptr()] = v
+        return v
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda v: v):
+        network(*inputs)
+    return sum(v.untyped_storage().nbytes() for place, v in saved.items() if place not in own)
+
+
+def peak_memory(device):
+    """GiB in use at the most: of a GPU since its statistics were reset, otherwise of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def seconds_of(device, *calls, least=1.0):
+    """Median seconds of each call, after two to warm up: in turns, so that a noisy minute is everybody's, at
+    least three times and for `least` seconds a call."""
+    def clock(call):
+        began = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    for call in calls * 2:
+        call()
+    times = []
+    while len(times) < 3 or np.sum(times) < least * len(calls):
+        times.append([clock(call) for call in calls])
+    return np.median(times, 0).tolist()
+
+
+def benchmark(start, config):
+    """Print what distillation costs on this machine: parameters, memory, and for each form of the prediction
+    the parts of a step and the whole of it, in seconds and in forwards, beside forwards_needed(). start: the
+    teacher."""
+    device, is_gpu = start.pos_embed.device, start.pos_embed.device.type == "cuda"
+    low = config.precision == "bfloat16"
+    z, one = draw_z(start, 2), torch.ones(2, device=device)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        start(z[:1], one[:1])  # fused attention would go uncounted on a CPU
+    flops, network = counter.get_total_flops(), DiT.from_teacher(start)  # one that is trained
+    with torch.autocast(device.type, torch.bfloat16, low):
+        kept = saved_bytes(network, z, one) - saved_bytes(network, z[:1], one[:1])
+    side = 8192 if is_gpu else 2048
+    matrix = torch.randn(side, side, device=device, dtype=torch.bfloat16 if low else torch.float32)
+    peak = 2 * side**3 / seconds_of(device, lambda: matrix @ matrix)[0]
+    where = torch.cuda.get_device_name(device) if is_gpu else f"{device}, {torch.get_num_threads()} threads"
+    print(f"{config.dataset} on {where}, processes: {world_size()}, torch {torch.__version__}, "
+          f"{config.precision}{', compiled' * config.compile}\n"
+          f"network: {sum(p.numel() for p in start.parameters()) / 1e6:.1f} M parameters, "
+          f"{flops / 1e9:.3g} GFLOP for a forward of one sample, for whose backward pass "
+          f"{kept / 2**20:.3g} MiB are kept\nmatrix product of side {side}: {peak / 1e12:.3g} TFLOP/s")
+    for form in "step", "jvp", "difference":
+        try:
+            benchmark_step(start, dataclasses.replace(config, prediction=form), flops, peak)
+        except UserError as e:
+            print(f"\n{e.args[0]}")
+
+
+def benchmark_step(start, config, flops, peak):
+    """benchmark()'s table for one form of the prediction. flops: of a forward; peak: FLOP/s at the best."""
+    c, device, world = dataclasses.replace(config, steps=10**9), start.pos_embed.device, world_size()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    distiller, pieces = make_distiller(start, c), micro_batches(c, world)
+    state = TrainState(distiller, c)
+    state.fit_to_machine()
+    draw = functools.partial(draw_prior, start.shape, start.num_classes, c)
+    steps = train(distiller, draw, c, state)
+    batch = {k: v.to(device) for k, v in share(draw(0), 0, world * pieces).items()}  # the parts: of one piece
+    inputs, autocast = [batch.get(k) for k in ("z", "delta", "y", "guidance")], functools.partial(
+        torch.autocast, device.type, torch.bfloat16, c.precision == "bfloat16")
+    with autocast(), torch.no_grad():
+        F = distiller.network(*inputs)
+    predicting, correcting = distiller.halves(F, inputs, len(batch["h"]))
+
+    def forward():
+        with autocast(), torch.no_grad():
+            distiller.teacher(inputs[0], 1 - inputs[1], inputs[2])
+
+    def student():
+        with autocast():
+            loss = distiller.network(*inputs).mean()
+        loss.backward()
+
+    def prediction():
+        with autocast():
+            distiller.predict(*predicting, batch["h"])
+
+    def correction():
+        with autocast():
+            loss = distiller.correct(*correcting, batch["r"], batch["n"])[1]
+        loss.backward()
+
+    def update():
+        state.clip()
+        state.update()
+
+    needed = {name: n / world for name, n in forwards_needed(c).items() if n}
+    parts = {"student": student, "prediction": prediction, "correction": correction}
+    whole, unit, *times = seconds_of(device, lambda: next(steps), forward, *map(parts.get, needed))
+    unit /= len(inputs[0])  # one sample's forward
+    others = zip(("optimizer", "noise"), seconds_of(device, update, lambda: draw(1)))
+    rows = [*zip(needed, (t * pieces for t in times)), *others, ("the whole step", whole)]
+    needed["the whole step"] = total = sum(needed.values())
+    print(f"\n--prediction {c.prediction}, batch {c.batch_size}, pieces: {world * pieces}\n"
+          f"{'':16}{'ms':>10}{'forwards':>10}{'needed':>8}{'ratio':>7}")
+    for name, t in rows:
+        print(f"{name:16}{1000 * t:10.1f}{t / unit:10.1f}"
+              + (f"{needed[name]:8.0f}{t / unit / needed[name]:7.2f}" if name in needed else ""))
+    print(f"{c.batch_size / whole:.3g} samples/s; {total * flops / whole / 1e12:.3g} TFLOP/s a process, "
+          f"{total * flops / whole / peak:.0%} of the product's; peak memory {peak_memory(device):.2f} GiB"
+          f"{'' if device.type == 'cuda' else ', so far'}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1715,7 +1918,8 @@ def animate_paths(teacher_path, student_path, frames=20):
     if is_plane(teacher_path):
         clouds = [axis.scatter([], [], s=4, lw=0, color=COLORS[name[:7]]) for axis, name in zip(axes, paths)]
     else:
-        clouds = [axis.imshow(grid(path[0, :36], 6), extent=(*axis.get_xlim(), *axis.get_ylim()))
+        side = math.isqrt(min(36, teacher_path.shape[1]))
+        clouds = [axis.imshow(grid(path[0, :side**2], side), extent=(*axis.get_xlim(), *axis.get_ylim()))
                   for axis, path in zip(axes, paths.values())]
     steps = np.linspace(0, len(teacher_path) - 1, frames).round().astype(int).tolist()
 
@@ -1724,7 +1928,7 @@ def animate_paths(teacher_path, student_path, frames=20):
             if is_plane(path):
                 cloud.set_offsets(plane(path[i]).T)
             else:
-                cloud.set_data(grid(path[i, :36], 6))
+                cloud.set_data(grid(path[i, :side**2], side))
             axis.set_title(f"{name} δ = {i / (len(path) - 1):.2f}")
 
     return FuncAnimation(figure, show, frames=steps + steps[-1:] * 5, init_func=lambda: None)
@@ -1743,18 +1947,25 @@ def save_figure(figure, path):
 # 9. Command line
 
 STAGE_FILES = {"all": ["teacher.pt", "student.pt"], "teacher": ["teacher.pt", "student.pt"],
-               "distill": ["student.pt"], "sample": ["samples.npz"], "evaluate": ["metrics.json"],
-               "search": ["search.json"]}
+               "distill": ["student.pt"], "sample": ["samples.npz", "samples.parts"],
+               "evaluate": ["metrics.json"], "search": ["search.json"], "benchmark": []}
 READING = ["sample", "evaluate", "search"]  # stages that read a student
-FREE = {"threads", "log_interval", "eval_interval", "checkpoint_interval", "eval_batch_size", "guidance"}
+FREE = {"threads", "log_interval", "eval_interval", "checkpoint_interval", "eval_batch_size", "guidance",
+        "micro_batch_size", "activation_checkpointing", "compile"}
+SHAPES = {"toy2d": ((2, 1, 1), 8), "mnist": ((1, 28, 28), 10), "cifar10": ((3, 32, 32), 10),
+          "imagenet": ((4, 32, 32), 1000)}  # of samples, and the number of labels: what is benchmarked
+
+
+def new_network(shape, num_classes, config):
+    """A DiT of config's size; its first weights follow from the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(config.seed, NETWORK).initial_seed())
+        return DiT(shape[1], shape[0], num_classes, *(getattr(config, name) for name in SIZES))
 
 
 def train_teacher(data, config, out, device, resume=None):
     """Stage 1: flow matching on the data. Returns the teacher's checkpoint."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(config.seed, NETWORK).initial_seed())
-        network = DiT(data.shape[1], data.shape[0], data.num_classes, config.hidden_size, config.depth,
-                      config.num_heads, config.patch_size).to(device)
+    network = new_network(data.shape, data.num_classes, config).to(device)
     draw = functools.partial(draw_data, data, config)
     return run_stage("teacher", FlowMatching(network), draw, config, out, resume)
 
@@ -1777,26 +1988,79 @@ def train_student(start, config, out, teacher_file, resume=None):
     return run_stage("student", distiller, draw, c, out, resume, score, teacher=teacher)
 
 
-def write_samples(student, config, out, n, classes=None, seed=0):
+SAMPLE_BLOCK = 500  # samples that one process draws in one go, from a noise of their own, into a file
+
+
+def write_samples(student, config, out, n, classes=None, seed=0, vae=None, resume=False):
     """One-step samples: samples.png, and samples.npz with arr_1 (n,) int64 labels and arr_0, points (n, 2) in
-    float32 or pictures (n, H, W, C) in uint8, the layout of ADM's evaluation."""
+    float32, pictures (n, H, W, C) in uint8, the layout of ADM's evaluation, or latents in float32 if there is
+    no autoencoder. Blocks are dealt to all processes and wait in samples.parts until all are there; a block
+    is the same whoever draws it. Raises UserError."""
+    if resume and (out / "samples.npz").exists():
+        return print(f"{out / 'samples.npz'} is finished: --overwrite draws it anew")
     y, strength = conditions(student, config, n)
     if classes:
         known = [str(label) for label in range(student.num_classes)]
         wanted = classes.split(",")
         if not set(wanted) <= set(known):
-            raise UserError(f"--classes {classes}: this student knows {','.join(known) or 'no labels'}", 2)
+            all_known = f"0 to {len(known) - 1}" if len(known) > 20 else ",".join(known) or "no labels"
+            raise UserError(f"--classes {classes}: this student knows {all_known}", 2)
         y = torch.tensor([int(label) for label in wanted], device=student.pos_embed.device)
         y = y[torch.arange(n) % len(wanted)]
-    z = draw_z(student, n, generator(seed, SAMPLING))
-    x = in_batches(config.eval_batch_size, lambda z, y: jump(student, z, y, strength), z, y).cpu()
-    array = x.flatten(1)
-    if not is_plane(x):
-        array = (127.5 * (x + 1)).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    parts, settings = out / "samples.parts", json.dumps(dict(
+        samples=n, classes=classes, seed=seed, guidance=config.strength, decoded=vae is not None,
+        student=zlib.crc32(student.final_layer.linear.weight.cpu().numpy().tobytes())))
+    kept = parts / "settings.json"
+    if resume and kept.exists() and kept.read_text() != settings:
+        raise UserError(f"{parts} holds samples of another student or of other settings: give the command "
+                        "that began them, or --overwrite", 2)
+    wait_for_all()
+    if rank() == 0:
+        if not resume:
+            shutil.rmtree(parts, ignore_errors=True)
+        parts.mkdir(parents=True, exist_ok=True)
+        save(kept, lambda p: p.write_text(settings))
+    wait_for_all()
+    rows = torch.arange(n).split(SAMPLE_BLOCK)
+    files = [parts / f"{i:06}.npy" for i in range(len(rows))]
+    mine = [i for i in range(rank(), len(rows), world_size()) if not files[i].exists()]
+    shows = rank() == 0 and len(rows) > 1
+    for i in tqdm(mine, "sample", unit="block", disable=None if shows else True):
+        z = draw_z(student, SAMPLE_BLOCK, generator(seed, SAMPLING, i))[:len(rows[i])]
+        labels = None if y is None else y[rows[i]]
+        x = in_batches(config.eval_batch_size, lambda z, y: jump(student, z, y, strength), z, labels)
+        if is_plane(x) or x.shape[1] == 4 and vae is None:
+            array = x.flatten(1) if is_plane(x) else x.permute(0, 2, 3, 1)
+        else:
+            x = as_pictures(x, vae)
+            array = (127.5 * (x + 1)).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+        save(files[i], lambda p: np.save(p, array.cpu().numpy()))
+    wait_for_all()
+    if rank():
+        return None
     labels = torch.full((n,), student.num_classes) if y is None else y.cpu()
-    save(out / "samples.npz", lambda p: np.savez(p, arr_0=array.numpy(), arr_1=labels.numpy()))
+    save(out / "samples.npz", lambda p: write_npz(p, files, labels.numpy()))
+    x = torch.from_numpy(np.concatenate([np.load(file) for file in files[:8]]))
+    x = x[:, :, None, None] if x.ndim == 2 else x[:40].permute(0, 3, 1, 2)
+    x = x / 127.5 - 1 if x.dtype == torch.uint8 else as_pictures(x)
     save_figure(plot_samples({"student": x}, {"student": f"{n} samples, 1 evaluation"}), out / "samples.png")
+    shutil.rmtree(parts)
     print(f"{n} samples are in {out / 'samples.npz'}, a picture of them in {out / 'samples.png'}")
+
+
+def write_npz(path, files, labels):
+    """What numpy.savez writes of arr_0, the rows of the .npy `files`, and arr_1, the labels, with one file in
+    memory at a time: 50,000 pictures of 256 x 256 are 10 GB."""
+    first = np.load(files[0], mmap_mode="r")
+    header = dict(descr=np.lib.format.dtype_to_descr(first.dtype), fortran_order=False,
+                  shape=(len(labels), *first.shape[1:]))
+    with zipfile.ZipFile(path, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as array:
+            np.lib.format.write_array_header_1_0(array, header)
+            for file in files:
+                array.write(np.ascontiguousarray(np.load(file)).tobytes())
+        with archive.open("arr_1.npy", "w") as array:
+            np.lib.format.write_array(array, labels)
 
 
 def make_parser():
@@ -1808,13 +2072,19 @@ def make_parser():
     parser.error = lambda message: parser.exit(2, f"fmd: {message}; python fmd.py --help lists the flags\n")
     add = parser.add_argument
     add("--stage", default="all", choices=list(STAGE_FILES), help="what to do (default: all)")
-    add("--teacher", metavar="FILE", help="distill this teacher instead of training one; touches no data")
+    add("--teacher", metavar="FILE", help="distill this teacher, of fmd, SiT or REPA, not one of your own; "
+        f"touches no data; {' and '.join(RELEASED)} are downloaded")
     add("--student", metavar="FILE", help="sample or evaluate this student")
     add("--out", metavar="DIR", help="folder of the run (default: the next free one of runs/DATASET, ...-2)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out, or start if none")
     add("--overwrite", action="store_true", help="replace what an earlier run left in --out")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto)")
     add("--data", metavar="DIR", default="data", help="folder of MNIST and CIFAR-10 (default: data)")
+    add("--latents", metavar="FILE.npy", help="ImageNet's latents: trains a teacher; --encode writes it")
+    add("--encode", metavar="DIR", help="make --latents of a folder of folders of pictures, one a class")
+    add("--image-size", type=int, default=256, help="side to which --encode cuts pictures (default: 256)")
+    add("--vae", help="autoencoder of latents, through diffusers: a name on its hub, a folder, or none, "
+        f"which leaves latents as they are (default: {VAE} for --encode and --stage sample, else none)")
     add("--quick", action="store_true", help="a size that two cores train in minutes")
     add("--samples", type=int, default=4096, help="for --stage sample: how many (default: 4096)")
     add("--classes", help="for --stage sample: labels, such as 0,1,2 (default: as scored)")
@@ -1837,6 +2107,9 @@ def pick_device(name):
     """The device of a name; auto is an accelerator if there is one. Raises UserError if it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and world_size() > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(name)
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as e:
@@ -1863,60 +2136,105 @@ def settle(given, base, grows=()):
     return dataclasses.replace(base, **given)
 
 
-def limit_threads(config):
-    """Have torch use config.threads at most."""
+def settle_machine(config):
+    """Have torch use config.threads at most, and with bfloat16 the fast products of what stays float32."""
     torch.set_num_threads(min(torch.get_num_threads(), config.threads or 1024))
+    torch.set_float32_matmul_precision("high" if config.precision == "bfloat16" else "highest")
+
+
+def find_vae(args, device, wanted=False):
+    """The autoencoder of --vae, or None. Raises UserError."""
+    name = args.vae or (VAE if wanted else "none")
+    return None if name == "none" else load_vae(name, device)
 
 
 def run(args):
     """One command, from parsed arguments to files."""
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    dataset = given.get("dataset", "toy2d")
-    file = args.teacher or (Path(args.out, "teacher.pt") if args.out and args.stage == "distill" else None)
-    if file and "dataset" not in given and args.stage in ("all", "distill"):  # a teacher knows what it is of
-        dataset = read_checkpoint(Path(file), "teacher")["config"].dataset
-    preset = {**PRESETS.get(dataset, {}), **(QUICK.get(dataset, {}) if args.quick else {})}
     reads_student = args.stage in READING
-    if not reads_student:
-        config = Config(**{"dataset": dataset, **preset, **given})
     if args.samples < 1:
         raise UserError(f"--samples {args.samples}: give at least 1", 2)
     if args.student and not reads_student or args.teacher and args.stage in ("teacher", "sample"):
         wrong = "--student" if args.student and not reads_student else "--teacher"
         raise UserError(f"{wrong}: --stage {args.stage} has no use for it, leave it away", 2)
-    device, out = pick_device(args.device), pick_folder(args, dataset)
+    if args.encode:
+        if not args.latents or args.image_size % 8 or args.image_size < 8:
+            raise UserError("--encode: name the file to be written by --latents FILE.npy; "
+                            "--image-size is a multiple of 8", 2)
+        vae = find_vae(args, pick_device(args.device), wanted=True)
+        return encode(args.encode, Path(args.latents), vae, given.get("seed", 0), args.image_size,
+                      resume=args.resume, overwrite=args.overwrite)
+    if args.teacher in RELEASED:
+        args.teacher = released(args.teacher)
+    run_student(args, given) if reads_student else run_training(args, given)
+
+
+def check_folder(args, out):
+    """Raises UserError if the stage would replace what is there."""
     for name in STAGE_FILES[args.stage]:
         if (out / name).exists() and not args.resume and not args.overwrite:
             raise UserError(f"{out / name} is there already: --resume goes on with it, --overwrite replaces "
                             "it, another --out leaves it alone", 2)
 
-    def teacher_of(student):  # where it was, or beside the student if the folder was moved
-        recorded = Path(student["teacher"]) if student else out
-        return Path(args.teacher or (recorded if recorded.is_file() else out / "teacher.pt"))
 
-    if reads_student:
-        student_file = Path(args.student or out / "student.pt")
-        checkpoint = read_checkpoint(student_file, "student")
-        student = load_network(FlowMap, checkpoint, student_file, device)
-        out.mkdir(parents=True, exist_ok=True)
-        if args.stage == "sample":
-            config = settle({k: given[k] for k in given if k in FREE}, checkpoint["config"])
-            limit_threads(config)
-            return write_samples(student, config, out, args.samples, args.classes, given.get("seed", 0))
-        teacher_file = teacher_of(checkpoint)
-        teacher = read_checkpoint(teacher_file, "teacher")
-        start, config = load_network(DiT, teacher, teacher_file, device), settle(given, checkpoint["config"])
-        limit_threads(config)
-        if args.stage == "search":
-            return search(student, start, config, out, args.reward)
-        files = {"teacher": teacher, "student": checkpoint}
-        return evaluate(student, start, config, out, files, ToyData(config.toy) if config.toy else None)
+def teacher_path(args, out, student=None):
+    """--teacher, or where the student's checkpoint says it was, or in `out`, if the folder was moved."""
+    recorded = Path(student["teacher"]) if student else out
+    return Path(args.teacher or (recorded if recorded.is_file() else out / "teacher.pt"))
+
+
+def run_student(args, given):
+    """The stages that read a student: sample, evaluate, search."""
+    device, out = pick_device(args.device), pick_folder(args, given.get("dataset", "toy2d"))
+    check_folder(args, out)
+    student_file = Path(args.student or out / "student.pt")
+    checkpoint = read_checkpoint(student_file, "student")
+    student = load_network(FlowMap, checkpoint, student_file, device)
+    is_latent = student.shape[0] == 4
+    out.mkdir(parents=True, exist_ok=True)
+    if args.stage == "sample":
+        config = settle({k: given[k] for k in given if k in FREE}, checkpoint["config"])
+        settle_machine(config)
+        vae = find_vae(args, device, wanted=True) if is_latent else None
+        return write_samples(student, config, out, args.samples, args.classes, given.get("seed", 0), vae,
+                             args.resume)
+    config = settle(given, checkpoint["config"])
+    teacher, start = open_teacher(teacher_path(args, out, checkpoint), device, config.teacher_format)
+    settle_machine(config)
+    if rank():
+        return None
+    if args.stage == "search":
+        return search(student, start, config, out, args.reward)
+    data, vae = ToyData(config.toy) if config.toy else None, find_vae(args, device) if is_latent else None
+    return evaluate(student, start, config, out, {"teacher": teacher, "student": checkpoint}, data, vae)
+
+
+def run_training(args, given):
+    """The stages that train: all, teacher, distill; and benchmark."""
+    dataset, form = given.get("dataset", "toy2d"), given.get("teacher_format", "")
+    file = args.teacher or (Path(args.out, "teacher.pt") if args.out and args.stage == "distill" else None)
+    if file and "dataset" not in given and args.stage != "teacher":  # a teacher knows what it is of
+        dataset = read_checkpoint(Path(file), "teacher", form)["config"].dataset
+    preset = {**PRESETS.get(dataset, {}), **(QUICK.get(dataset, {}) if args.quick else {})}
+    config = Config(**{"dataset": dataset, **preset, **given})
+    device, out = pick_device(args.device), pick_folder(args, dataset)
+    check_folder(args, out)
+    for kind in ("teacher", "student"):
+        micro_batches(stage_config(kind, config), world_size())  # refuses what cannot be dealt
+    if args.stage == "benchmark":
+        settle_machine(config)
+        if args.teacher:
+            start = open_teacher(Path(args.teacher), device, form)[1]
+        else:
+            shape, classes = SHAPES[dataset]
+            start = new_network(shape, classes, config).to(device).requires_grad_(False)
+        return benchmark(start, config)
 
     # What is there already, and the settings to which it binds us.
     resume = {kind: read_checkpoint(out / f"{kind}.pt", kind)
               if args.resume and (out / f"{kind}.pt").exists() else None for kind in ("teacher", "student")}
-    teacher_file = teacher_of(resume["student"])
+    teacher_file = teacher_path(args, out, resume["student"])
     own_teacher = args.stage != "distill" and teacher_file.resolve() == (out / "teacher.pt").resolve()
     if resume["student"]:
         config = settle(given, resume["student"]["config"], ["steps"])
@@ -1925,28 +2243,49 @@ def run(args):
     elif resume["teacher"] and own_teacher:
         config = settle(given, resume["teacher"]["config"], ["steps", "teacher_steps"])
 
+    vae = None
     if own_teacher:
-        data = open_data(config, args.data)  # before anything is replaced
+        data = open_data(config, args.data, args.latents)  # before anything is replaced
+        is_latent = data.shape[0] == 4
     else:
-        teacher = read_checkpoint(teacher_file, "teacher")
-        start, data = load_network(DiT, teacher, teacher_file, device), None
-        names = ["dataset", "toy", "hidden_size", "depth", "num_heads", "patch_size"]  # the teacher decides
+        teacher, start = open_teacher(teacher_file, device, config.teacher_format)
+        data, is_latent = None, start.shape[0] == 4
+        names = ["dataset", "toy", *SIZES]  # the teacher decides
         settle({k: v for k, v in given.items() if k in names}, teacher["config"])
         config = dataclasses.replace(config, **{k: getattr(teacher["config"], k) for k in names})
         if teacher["step"] < teacher["config"].teacher_steps:
             print(f"note: the training of {teacher_file} is unfinished")
-    limit_threads(config)
-    out.mkdir(parents=True, exist_ok=True)
-    for name in ["metrics.json"] + ["metrics.jsonl", "student.pt"] * (own_teacher and not args.resume):
-        (out / name).unlink(missing_ok=True)  # of a run that goes on or is replaced
+    if is_latent and rank() == 0:
+        vae = find_vae(args, device)  # before the training, lest it be missed after it
+    settle_machine(config)
+    wait_for_all()  # until all have seen what is there
+    if rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in ["metrics.json"] + ["metrics.jsonl", "student.pt"] * (own_teacher and not args.resume):
+            (out / name).unlink(missing_ok=True)  # of a run that goes on or is replaced
     if own_teacher:
         teacher = train_teacher(data, config, out, device, resume["teacher"])
         start = load_network(DiT, teacher, teacher_file, device)
     if args.stage == "teacher":
         return None
     checkpoint = train_student(start, config, out, teacher_file, resume["student"])
+    if rank():
+        return None
     student = load_network(FlowMap, checkpoint, out / "student.pt", device)
-    return evaluate(student, start, config, out, {"teacher": teacher, "student": checkpoint}, data)
+    return evaluate(student, start, config, out, {"teacher": teacher, "student": checkpoint}, data, vae)
+
+
+@contextlib.contextmanager
+def processes():
+    """What torchrun started finds together, and all but process 0 fall silent."""
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        yield
+        return
+    # long enough for process 0 to measure, save or download while the others wait
+    distributed.init_process_group(timeout=datetime.timedelta(minutes=60))
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if rank() else sys.stdout):
+        yield
+    distributed.destroy_process_group()
 
 
 def main(argv=None):
@@ -1954,7 +2293,8 @@ def main(argv=None):
     args = make_parser().parse_args(argv)
     terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill ends as Ctrl-C does
     try:
-        run(args)
+        with processes():
+            run(args)
         return 0
     except (Exception, KeyboardInterrupt) as e:
         if args.debug:
@@ -1966,8 +2306,10 @@ def main(argv=None):
         elif isinstance(e, OSError):
             line = f"{e.strerror or e} {e.filename or ''}: mend or free the place, or choose another --out"
         elif "out of memory" in str(e).lower() or "allocate memory" in str(e).lower():
-            line = "out of memory: lower --batch-size"
-        print("fmd:", " ".join(line.split()), file=sys.stderr)
+            line = "out of memory: lower --micro-batch-size or --batch-size, or --activation-checkpointing"
+        if rank() and isinstance(e, (UserError, KeyboardInterrupt)):
+            return status  # process 0 says the same
+        print("fmd:", f"process {rank()}: " * (rank() > 0) + " ".join(line.split()), file=sys.stderr)
         return status
     finally:
         signal.signal(signal.SIGTERM, terminate)
