@@ -428,7 +428,7 @@ def as_pictures(x, vae=None, size=8):
         return torch.cat([vae.decode(part / LATENT_SCALE).sample.cpu() for part in x.split(size)])
 
 
-def encode(folder, path, vae, seed=0, side=256, size=16, resume=False, overwrite=False):
+def encode(folder, path, vae, seed=0, side=256, size=16, interval=100, resume=False, overwrite=False):
     """Write what LatentData reads, in float16: a sample of the autoencoder's posterior for each picture of a
     folder of folders, one a class, cut to side x side from its middle. A file .part grows beside `path`, and
     with resume=True one that was left is continued, to the same numbers. Raises UserError."""
@@ -459,7 +459,7 @@ def encode(folder, path, vae, seed=0, side=256, size=16, resume=False, overwrite
             d = vae.encode(x.to(device)).latent_dist
             n = torch.randn(d.mean.shape, generator=generator(seed, ENCODING, i)).to(device)
             latents[batches[i].numpy()] = (LATENT_SCALE * (d.mean + d.std * n)).cpu().numpy()
-            if i % 100 == 99:
+            if (i + 1) % interval == 0:
                 latents.flush()
                 save(progress, lambda p, done=i + 1: p.write_text(str(done)))
     latents.flush()
@@ -1217,7 +1217,7 @@ def train(module, draw, config, state=None):
     device, pieces = next(module.parameters()).device, micro_batches(config, world_size())
     parallel, buffers = module, dict(module.named_buffers(recurse=False))
     if world_size() > 1:
-        parallel = DistributedDataParallel(module, broadcast_buffers=False)
+        parallel = DistributedDataParallel(module)
     while state.step < config.steps:
         state.set_learning_rates()
         for optimizer in state.optimizers.values():
@@ -2307,6 +2307,9 @@ def main(argv=None):
             line = f"{e.strerror or e} {e.filename or ''}: mend or free the place, or choose another --out"
         elif "out of memory" in str(e).lower() or "allocate memory" in str(e).lower():
             line = "out of memory: lower --micro-batch-size or --batch-size, or --activation-checkpointing"
+        elif world_size() > 1 and any(word in str(e).lower() for word in ("gloo", "nccl", "connection")):
+            line = (f"a process was lost ({type(e).__name__}): the last checkpoint is good, and the same command "
+                    "with --resume goes on")
         if rank() and isinstance(e, (UserError, KeyboardInterrupt)):
             return status  # process 0 says the same
         print("fmd:", f"process {rank()}: " * (rank() > 0) + " ".join(line.split()), file=sys.stderr)

@@ -3,6 +3,7 @@
 python -m pytest -q test_fmd.py
 """
 
+import argparse
 import dataclasses
 import hashlib
 import json
@@ -19,8 +20,10 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import diffusers
 import matplotlib
 import numpy as np
+import PIL.Image
 import pytest
 import sklearn.datasets
 import torch
@@ -327,7 +330,7 @@ def test_flow_matching_is_the_mean_square_by_hand():
 
 def plain_dit(w, x, t, y, heads, depth, patch):
     """A DiT from its description, one sample at a time and in other words than fmd's."""
-    D, C, side = w["pos_embed"].shape[2], x.shape[1], x.shape[2] // patch
+    D, side = w["pos_embed"].shape[2], x.shape[2] // patch
     frequency = torch.tensor([10000 ** (-i / 128) for i in range(128)], dtype=x.dtype)
 
     def linear(name, v):
@@ -368,10 +371,10 @@ def plain_dit(w, x, t, y, heads, depth, patch):
             h = h + a[5] * linear(p + "mlp.fc2", m)
         a = linear("final_layer.adaLN_modulation.1", c).reshape(2, D)
         h = linear("final_layer.linear", norm(h, 1e-6) * (1 + a[1]) + a[0])
-        out = torch.empty(C, side * patch, side * patch, dtype=x.dtype)
+        out = torch.empty(h.shape[1] // patch**2, side * patch, side * patch, dtype=x.dtype)
         for i in range(side):
             for j in range(side):
-                piece = h[i * side + j].reshape(patch, patch, C)
+                piece = h[i * side + j].reshape(patch, patch, -1)
                 out[:, i * patch : (i + 1) * patch, j * patch : (j + 1) * patch] = piece.permute(2, 0, 1)
         outputs.append(out)
     return torch.stack(outputs)
@@ -1302,9 +1305,8 @@ def test_sample_stage(finished, tmp_path, capsys):
         points, labels = file["arr_0"], file["arr_1"]
     assert points.shape == (7, 2) and points.dtype == np.float32
     assert labels.tolist() == [0, 3, 0, 3, 0, 3, 0] and labels.dtype == np.int64
-    x = fmd.sample(
-        fmd.load_student(student), 7, torch.tensor(labels), generator=fmd.generator(4, fmd.SAMPLING)
-    )
+    block = torch.randn(fmd.SAMPLE_BLOCK, 2, 1, 1, generator=fmd.generator(4, fmd.SAMPLING, 0))
+    x = fmd.jump(fmd.load_student(student), block[:7], torch.tensor(labels))
     np.testing.assert_allclose(points, x.flatten(1).numpy(), rtol=1e-5)
     assert (tmp_path / "a" / "samples.png").exists()
     run("--stage", "sample", "--student", student, "--out", tmp_path / "b", "--samples", 5)
@@ -1437,7 +1439,7 @@ def damaged(kind, finished, path):
         ("empty", "cannot be read"),
         ("truncated", "cannot be read"),
         ("text", "pickled"),
-        ("state dict", "not a teacher"),
+        ("state dict", "--teacher-format"),
         ("list", "not a teacher"),
         ("student", "not a teacher"),
         ("pickled", "pickled"),
@@ -1912,7 +1914,7 @@ def test_pictures_end_to_end(pictures, digits, tmp_path, monkeypatch, capsys):
     found = np.load(pictures / "samples.npz")
     assert found["arr_0"].shape == (5, 28, 28, 1) and found["arr_0"].dtype == np.uint8
     assert found["arr_1"].tolist() == [7, 2, 7, 2, 7] and found["arr_1"].dtype == np.int64
-    z = torch.randn(5, 1, 28, 28, generator=fmd.generator(3, fmd.SAMPLING))
+    z = torch.randn(fmd.SAMPLE_BLOCK, 1, 28, 28, generator=fmd.generator(3, fmd.SAMPLING, 0))[:5]
     x = student.map(z, torch.ones(5), torch.tensor([7, 2, 7, 2, 7]), torch.full((5,), 4.0)).detach()
     expected = torch.floor((127.5 * (x + 1)).clamp(0, 255)).permute(0, 2, 3, 1)
     assert np.abs(found["arr_0"] - expected.numpy()).max() <= 1
@@ -1940,10 +1942,648 @@ def test_a_patch_that_does_not_divide_the_picture(digits, tmp_path, capsys):
 
 def test_quick_is_a_preset_that_flags_override(monkeypatch):
     seen = []
-    monkeypatch.setattr(fmd, "open_data", lambda config, folder: seen.append(config) or 1 / 0)
+    monkeypatch.setattr(fmd, "open_data", lambda config, *rest: seen.append(config) or 1 / 0)
     for flags in (["--dataset", "mnist", "--quick", "--depth", "3"], ["--dataset", "mnist"], ["--quick"]):
         fmd.main(flags)
     quick, full, toy = seen
     assert quick.depth == 3 and quick.hidden_size == fmd.QUICK["mnist"]["hidden_size"] < full.hidden_size
     assert quick.guidance_max == full.guidance_max == 4.0 and quick.correction_interval == (0.0, 0.7)
     assert toy.steps == fmd.QUICK["toy2d"]["steps"] and toy.optimizer == "muon"
+
+
+# ------------------------------------------------------------------------------------------- pretrained teachers
+
+
+def public_file(D=128, depth=2, outputs=4, side=4, qk_norm=None, blocks=None, seed=0):
+    """Random tensors with the names and shapes of a SiT or REPA file; qk_norm: the size of a head."""
+    layers = {"t_embedder.mlp.0": (D, 256), "t_embedder.mlp.2": (D, D), "final_layer.linear": (4 * outputs, D)}
+    layers |= {"final_layer.adaLN_modulation.1": (2 * D, D), "x_embedder.proj": (D, 4, 2, 2)}
+    for i in range(depth):
+        name = f"blocks.{i}" if blocks is None or i < blocks else f"decoder_blocks.{i - blocks}"
+        layers |= {f"{name}.attn.qkv": (3 * D, D), f"{name}.attn.proj": (D, D), f"{name}.mlp.fc1": (4 * D, D)}
+        layers |= {f"{name}.mlp.fc2": (D, 4 * D), f"{name}.adaLN_modulation.1": (6 * D, D)}
+        if qk_norm:
+            layers |= {f"{name}.attn.{q}_norm": (qk_norm,) for q in "qk"}
+    shapes = {"pos_embed": (1, side**2, D), "y_embedder.embedding_table.weight": (1001, D)}
+    for name, shape in layers.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(shape, generator=generator) / max(1, math.prod(shape[1:])) ** 0.5
+        for name, shape in shapes.items()
+    }
+
+
+def relative(found, expected):
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+def check_teacher(path, tensors, depth, heads, velocity, form=""):
+    """fmd's teacher of a file against the plain implementation, read in the file's own convention."""
+    teacher = fmd.load_teacher(path, form=form)
+    w = {k: v.double() for k, v in tensors.items()}
+    x, t = noise(2, *teacher.shape), torch.tensor([0.13, 0.94]).double()
+    y = torch.tensor([7, 1000])
+    expected = velocity(lambda time: plain_dit(w, x, time, y, heads, depth, 2), t)
+    with torch.no_grad():
+        assert relative(teacher(x.float(), t.float(), y), expected) < 1e-5
+    assert teacher.num_classes == 1000 and all(p.dtype == torch.float32 for p in teacher.parameters())
+
+
+SIT_ARGS = argparse.Namespace(model="SiT-XL/2", path_type="Linear", prediction="velocity", lr=1e-4, ckpt=None)
+REPA_ARGS = argparse.Namespace(path_type="linear", prediction="v", qk_norm=True, cfg_prob=0.1)
+
+
+def test_sit_s2_has_the_velocity_of_a_plain_implementation(tmp_path, capsys):
+    tensors = public_file(384, 12, outputs=8, side=16)  # S/2: time runs the other way, half of the output is unused
+    torch.save(tensors, tmp_path / "a.pt")
+    check_teacher(tmp_path / "a.pt", tensors, 12, 6, lambda plain, t: plain(1 - t)[:, :4])
+    line = capsys.readouterr().out
+    assert "SiT, 12 blocks of width 384, 6 heads, patch 2, samples 4 x 32 x 32, 1000 labels" in line
+
+
+@pytest.mark.parametrize("kind", ["bare", "script", "four channels", "told"])
+def test_forms_of_a_sit_file(kind, tmp_path, capsys):
+    tensors = public_file(outputs=8 if kind in ("bare", "script") else 4)
+    file = {"bare": tensors, "told": tensors}.get(
+        kind, dict(model=public_file(seed=1), ema=tensors, opt={"state": {}, "param_groups": []}, args=SIT_ARGS)
+    )
+    torch.save(file, tmp_path / "a.pt")
+    form = "sit" if kind == "told" else ""
+    check_teacher(tmp_path / "a.pt", tensors, 2, 2, lambda plain, t: plain(1 - t)[:, :4], form)
+    assert "2 heads (a guess: width / 64)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["last", "normalised", "decoder", "script", "told"])
+def test_forms_of_a_repa_file(kind, tmp_path, capsys):
+    heads = 4 if kind == "normalised" else 2
+    settings = dict(qk_norm=32) if kind == "normalised" else dict(qk_norm=64) if kind == "script" else {}
+    tensors, depth = public_file(depth=3, **settings), 3
+    saved = public_file(depth=3, blocks=2, **settings) if kind == "decoder" else dict(tensors)
+    if kind in ("last", "normalised"):
+        saved |= {"projectors.0.0.weight": torch.ones(8, 128), "projectors.0.0.bias": torch.ones(8)}
+    file = dict(ema={f"module.{k}": v for k, v in saved.items()}, model={}, args=REPA_ARGS, steps=3)
+    torch.save(file if kind == "script" else saved, tmp_path / "a.pt")
+    form = "repa" if kind == "told" else ""
+    check_teacher(tmp_path / "a.pt", tensors, depth, heads, lambda plain, t: -plain(t), form)
+    assert "REPA" in capsys.readouterr().out
+
+
+def public_damage(kind):
+    """A file that must be refused, and what the line has to name."""
+    tensors = public_file(outputs=8)
+    some = "blocks.1.mlp.fc2.weight"
+    if kind == "missing":
+        return {k: v for k, v in tensors.items() if k != some}, [some]
+    if kind == "missing last":
+        return {k: v for k, v in tensors.items() if k != "final_layer.linear.weight"}, ["final_layer.linear.weight"]
+    if kind == "left over":
+        return {**tensors, "blocks.1.extra.weight": torch.ones(2)}, ["blocks.1.extra.weight"]
+    if kind == "shape":
+        return {**tensors, some: torch.ones(5, 5)}, [some]
+    if kind == "times":
+        return {**tensors, "t_embedder.mlp.0.weight": torch.ones(128, 64)}, ["t_embedder.mlp.0.weight"]
+    if kind == "no tensor":
+        return {**tensors, some: 3}, [some]
+    if kind == "other network":
+        return {"layer.weight": torch.ones(2)}, ["not a teacher", "x_embedder.proj.weight"]
+    if kind == "silent":
+        return public_file(), ["--teacher-format"]
+    if kind == "both":
+        return {**tensors, "projectors.0.0.weight": torch.ones(2)}, ["both SiT and REPA"]
+    args = dict(vars(SIT_ARGS), **{"noise": dict(prediction="noise"), "path": dict(path_type="VP")}[kind])
+    return dict(ema=tensors, args=argparse.Namespace(**args)), ["noise" if kind == "noise" else "VP"]
+
+
+DAMAGES = ["missing", "missing last", "left over", "shape", "times", "no tensor", "other network", "silent", "both"]
+
+
+@pytest.mark.parametrize("kind", [*DAMAGES, "noise", "path"])
+def test_public_files_that_are_refused(kind, tmp_path, capsys):
+    file, hints = public_damage(kind)
+    torch.save(file, tmp_path / "a.pt")
+    flags = ["--dataset", "imagenet", "--teacher", tmp_path / "a.pt", "--out", tmp_path / "out", "--device", "cpu"]
+    line = run(*flags, status=1, capsys=capsys)
+    assert line.startswith("fmd: ") and all(hint in line for hint in [*hints, "a.pt"]), line
+    assert not (tmp_path / "out").exists()
+
+
+def test_released_teachers_are_downloaded_once(tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def download(url, path):
+        calls.append(url)
+        torch.save(public_file(outputs=8), path)
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    for _ in range(2):
+        path = fmd.released("sit-xl/2-256")
+        assert fmd.load_teacher(path).num_classes == 1000 and len(calls) == 1 and calls[0].startswith("https://")
+
+    def offline(url, path):
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    flags = ["--dataset", "imagenet", "--teacher", "repa-xl/2-256", "--out", tmp_path / "out"]
+    line = run(*flags, status=1, capsys=capsys)
+    assert "repa-xl/2-256 cannot be downloaded" in line and "go online" in line and "--teacher FILE" in line
+
+
+# -------------------------------------------------------------------------------------------------------- latents
+
+
+def write_latents(folder, n=40, side=8, dtype=np.float16, classes=3):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(n, 4, side, side)).astype(dtype), rng.integers(0, classes, n)
+    np.save(folder / "latents.npy", x)
+    np.save(folder / "latents_labels.npy", y)
+    return folder / "latents.npy", x, y
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_latents_are_drawn_as_they_are(dtype, tmp_path, capsys):
+    path, x, y = write_latents(tmp_path, dtype=dtype)
+    data = fmd.LatentData(path)
+    assert "standard deviation 1.0" in capsys.readouterr().out and isinstance(data.x, np.memmap)
+    drawn, labels = data.draw(600, fmd.generator(0), 4)
+    assert data.shape == (4, 8, 8) and drawn.shape == (600, 4, 8, 8) and drawn.dtype == torch.float32
+    known = {row.astype(np.float32).tobytes(): label for row, label in zip(x, y)}
+    assert [known[row.numpy().tobytes()] for row in drawn] == labels.repeat_interleave(4).tolist()
+    assert len({row.numpy().tobytes() for row in drawn}) == 40
+
+
+@pytest.mark.parametrize("kind", ["shape", "channels", "dtype", "no labels", "range", "number", "float", "nan", "text"])
+def test_latents_that_are_refused(kind, tmp_path, capsys):
+    path, x, y = write_latents(tmp_path)
+    beside = tmp_path / "latents_labels.npy"
+    if kind == "text":
+        path.write_text("no array")
+    elif kind == "no labels":
+        beside.unlink()
+    elif kind in ("range", "number", "float"):
+        np.save(beside, {"range": y + 998, "number": y[1:], "float": y.astype(float)}[kind])
+    else:
+        x = x.astype(np.float64 if kind == "dtype" else np.float32)
+        x[3] = np.nan if kind == "nan" else x[3]
+        np.save(path, {"shape": x[:, :, 1:], "channels": x[:, :3]}.get(kind, x))
+    flags = ["--dataset", "imagenet", "--stage", "teacher", "--latents", path, "--out", tmp_path / "out"]
+    line = run(*flags, *TINY_LATENTS, status=1, capsys=capsys)
+    hint = dict(text="latents.npy", nan="not finite", shape="N x 4 x S x S", channels="N x 4 x S x S")
+    hint |= {"no labels": "latents_labels.npy", "dtype": "float64"}
+    assert line.startswith("fmd: ") and hint.get(kind, "0 to 999") in line and not (tmp_path / "out").exists()
+
+
+TINY_LATENTS = ["--hidden-size", "16", "--depth", "1", "--num-heads", "2", "--micro-batch-size", "0", "--steps", "6"]
+TINY_LATENTS += ["--batch-size", "8", "--teacher-batch-size", "8", "--teacher-steps", "4", "--eval-samples", "20"]
+TINY_LATENTS += ["--eval-paths", "12", "--eval-batch-size", "10", "--solver-steps", "3", "--device", "cpu"]
+TINY_LATENTS += ["--log-interval", "1", "--checkpoint-interval", "2", "--warmup", "2"]
+TINY_DISTILL = TINY_LATENTS[6:]
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    """Stable Diffusion's autoencoder, very small and untrained, and its folder."""
+    torch.manual_seed(0)
+    sides = ["DownEncoderBlock2D"] * 4, ["UpDecoderBlock2D"] * 4
+    settings = dict(block_out_channels=(8,) * 4, norm_num_groups=4, latent_channels=4, layers_per_block=1)
+    network = diffusers.AutoencoderKL(down_block_types=sides[0], up_block_types=sides[1], **settings).eval()
+    folder = tmp_path_factory.mktemp("vae")
+    network.save_pretrained(folder)
+    return network, folder
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of folders of PNG files of several shapes."""
+    rng = np.random.default_rng(0)
+    for name, count in (("cats", 3), ("dogs", 2)):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(count):
+            picture = PIL.Image.fromarray(rng.integers(0, 256, (40 + 8 * i, 70, 3), dtype=np.uint8))
+            picture.save(tmp_path / "photos" / name / f"{i}.png")
+    return tmp_path / "photos"
+
+
+def test_encoding_pictures(vae, photos, tmp_path, monkeypatch, capsys):
+    network, folder = vae
+    path, flags = tmp_path / "a.npy", ["--vae", folder, "--image-size", 32, "--device", "cpu"]
+    command = ["--dataset", "imagenet", "--encode", photos, "--latents", path, *flags]
+    run(*command)
+    x, y = np.load(path), np.load(tmp_path / "a_labels.npy")
+    assert x.shape == (5, 4, 4, 4) and x.dtype == np.float16 and y.tolist() == [0, 0, 0, 1, 1]
+    # what diffusers makes of the middle of the picture, and noise of the posterior's size
+    picture = PIL.Image.open(photos / "cats" / "0.png")  # 70 x 40
+    picture = picture.resize((56, 32), PIL.Image.Resampling.BICUBIC).crop((12, 0, 44, 32))
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        posterior = network.encode(pixels).latent_dist
+    n = torch.randn(5, 4, 4, 4, generator=fmd.generator(0, fmd.ENCODING, 0))
+    expected = 0.18215 * (posterior.mean[0] + posterior.std[0] * n[0])
+    np.testing.assert_allclose(x[0], expected.numpy(), rtol=2e-3, atol=2e-3)
+    data = fmd.LatentData(path)
+    assert data.shape == (4, 4, 4) and len(data.y) == 5
+    # refused, finished, begun anew
+    assert "--overwrite" in run(*command, status=2, capsys=capsys)
+    before = path.stat().st_mtime_ns
+    run(*command, "--resume")
+    assert path.stat().st_mtime_ns == before
+    run(*command, "--overwrite", "--seed", 1)
+    assert not np.array_equal(np.load(path), x)
+    assert {p.name for p in tmp_path.iterdir()} == {"photos", "a.npy", "a_labels.npy"}
+    assert "--latents" in run("--encode", photos, *flags, status=2, capsys=capsys)
+    line = run("--encode", tmp_path / "nothing", "--latents", path, *flags, status=1, capsys=capsys)
+    assert "one a class" in line
+
+
+def test_encoding_goes_on_where_it_stopped(vae, photos, tmp_path):
+    network, _ = vae
+    fmd.encode(photos, tmp_path / "whole.npy", network, side=32, size=2)
+    half, seen = network.encode, []
+
+    def stopping(x):
+        seen.append(len(x))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return half(x)
+
+    network.encode = stopping
+    with pytest.raises(KeyboardInterrupt):
+        fmd.encode(photos, tmp_path / "part.npy", network, side=32, size=2, interval=1)
+    with pytest.raises(fmd.UserError, match="begun"):
+        fmd.encode(photos, tmp_path / "part.npy", network, side=32, size=2)
+    fmd.encode(photos, tmp_path / "part.npy", network, side=32, size=2, resume=True)
+    assert seen == [2, 2, 2, 1]  # the first batch is not encoded again
+    network.encode = half
+    assert np.array_equal(np.load(tmp_path / "whole.npy"), np.load(tmp_path / "part.npy"))
+
+
+def test_what_can_be_missing_for_an_autoencoder(tmp_path, monkeypatch):
+    with pytest.raises(fmd.UserError, match="name a folder"):
+        fmd.load_vae(str(tmp_path), "cpu")
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(fmd.UserError, match="pip install diffusers"):
+        fmd.load_vae(str(tmp_path), "cpu")
+
+
+def test_latents_are_looked_at_through_the_autoencoder(vae):
+    network, _ = vae
+    x = torch.randn(5, 4, 4, 4)
+    with torch.no_grad():
+        expected = network.decode(x / 0.18215).sample
+    torch.testing.assert_close(fmd.as_pictures(x, network, 2), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(fmd.as_pictures(x), x[:, :3] / 2)
+    for x in (torch.randn(5, 1, 4, 4), torch.randn(5, 2, 1, 1)):
+        assert fmd.as_pictures(x, network) is x
+
+
+def test_a_teacher_from_latents_and_its_student(vae, tmp_path, capsys):
+    path, _, _ = write_latents(tmp_path)
+    assert "--latents" in run("--dataset", "imagenet", "--out", tmp_path / "out", status=2, capsys=capsys)
+    run("--dataset", "imagenet", "--latents", path, "--vae", vae[1], "--out", tmp_path / "out", *TINY_LATENTS)
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["config"]["precision"] == "bfloat16" and math.isfinite(metrics["endpoint_error"])
+    assert fmd.load_student(tmp_path / "out" / "student.pt").shape == (4, 8, 8)
+    checkpoint = torch.load(tmp_path / "out" / "student.pt", weights_only=True)
+    assert {v.dtype for v in checkpoint["ema"].values()} == {torch.float32}
+
+
+def test_a_public_teacher_is_distilled_without_data_and_sampled(vae, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fmd.LatentData, "__init__", lambda *a: 1 / 0)
+    torch.save(public_file(64, 1), tmp_path / "repa.pt")
+    out, flags = tmp_path / "out", ["--teacher", tmp_path / "repa.pt", "--teacher-format", "repa"]
+    run("--dataset", "imagenet", *flags, "--out", out, *TINY_DISTILL)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["teacher_seconds"] is None and metrics["config"]["hidden_size"] == 64
+    assert {"comparison.png", "guidance.png", "paths.gif"} <= {p.name for p in out.iterdir()}
+    # at the first step the student is the teacher: F(z, delta) = u(z, 1 - delta)
+    student, teacher = fmd.load_student(out / "student.pt"), fmd.load_teacher(tmp_path / "repa.pt", form="repa")
+    z, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 999])
+    with torch.no_grad():
+        change = (student(z, torch.ones(2), y) - teacher(z, torch.ones(2), y)).norm() / teacher(z, torch.ones(2)).norm()
+    assert 0 < change < 0.3
+    run("--out", out, "--resume", "--steps", "7")  # the format comes from the student's own settings
+    run("--stage", "evaluate", "--out", out, "--overwrite", "--vae", vae[1], "--device", "cpu")
+
+    # samples: decoded into ADM's layout, labels balanced, resumed block by block
+    monkeypatch.setattr(fmd, "SAMPLE_BLOCK", 4)
+    flags = ["--stage", "sample", "--out", out, "--samples", "10", "--seed", "3", "--guidance", "2", "--device", "cpu"]
+    run(*flags, "--vae", vae[1])
+    found = np.load(out / "samples.npz")
+    assert found["arr_0"].shape == (10, 64, 64, 3) and found["arr_0"].dtype == np.uint8
+    assert found["arr_1"].tolist() == list(range(10)) and not (out / "samples.parts").exists()
+    student = fmd.load_student(out / "student.pt")
+    z = torch.randn(4, 4, 8, 8, generator=fmd.generator(3, fmd.SAMPLING, 1))
+    x = fmd.jump(student, z, torch.arange(4, 8), torch.tensor([2.0]))
+    with torch.no_grad():
+        x = vae[0].decode(x / 0.18215).sample
+    expected = torch.floor((127.5 * (x + 1)).clamp(0, 255)).permute(0, 2, 3, 1).numpy()
+    assert np.abs(found["arr_0"][4:8] - expected).max() <= 1
+    run(*flags, "--vae", "none", "--overwrite", "--classes", "5,6,7")
+    raw = np.load(out / "samples.npz")
+    assert raw["arr_0"].shape == (10, 8, 8, 4) and raw["arr_0"].dtype == np.float32
+    assert raw["arr_1"].tolist() == [5, 6, 7, 5, 6, 7, 5, 6, 7, 5]
+    assert "0 to 999" in run(*flags, "--vae", "none", "--overwrite", "--classes", "1000", status=2, capsys=capsys)
+
+
+def test_sampling_goes_on_where_it_stopped(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fmd, "SAMPLE_BLOCK", 10)
+    flags = ["--stage", "sample", "--student", finished / "student.pt", "--samples", "35"]
+    run(*flags, "--out", tmp_path / "whole")
+    jump, calls = fmd.jump, []
+
+    def stopping(student, z, *rest):
+        calls.append(len(z))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return jump(student, z, *rest)
+
+    monkeypatch.setattr(fmd, "jump", stopping)
+    line = run(*flags, "--out", tmp_path / "part", status=1, capsys=capsys)
+    assert "--resume" in line and not (tmp_path / "part" / "samples.npz").exists()
+    assert "samples.parts" in run(*flags, "--out", tmp_path / "part", status=2, capsys=capsys)
+    line = run(*flags, "--out", tmp_path / "part", "--resume", "--seed", 1, status=2, capsys=capsys)
+    assert "other settings" in line
+    run(*flags, "--out", tmp_path / "part", "--resume")
+    assert calls == [10, 10, 10, 10, 5]  # two blocks were kept
+    a, b = (np.load(tmp_path / name / "samples.npz") for name in ("whole", "part"))
+    assert np.array_equal(a["arr_0"], b["arr_0"]) and len({row.tobytes() for row in a["arr_0"]}) == 35
+    before = (tmp_path / "part" / "samples.npz").stat().st_mtime_ns
+    run(*flags, "--out", tmp_path / "part", "--resume")
+    assert before == (tmp_path / "part" / "samples.npz").stat().st_mtime_ns
+
+
+# ---------------------------------------------------------------------------------------------------------- scale
+
+
+def test_a_batch_is_shared_out_whole_and_evenly():
+    config = fmd.Config(batch_size=32, group_size=2, guidance_max=3.0)
+    batch = fmd.draw_prior((4, 2, 2), 10, config, 3)
+    pieces = [fmd.share(batch, i, 4) for i in range(4)]
+    for piece in pieces:
+        assert len(piece["z"]) == 8 and len(piece["n"]) == 2 and len(piece["delta"]) == 4
+        assert len(piece["h"]) == 3 and len(piece["r"]) == 1 and piece["delta"].tolist().count(1.0) == 1
+    for name, v in batch.items():  # every row once: z as the rows of its groups, predicting ones first
+        rows = torch.cat([piece[name] for piece in pieces]).flatten(1 if v.ndim > 1 else 0)
+        assert sorted(map(str, rows.tolist())) == sorted(map(str, v.flatten(1 if v.ndim > 1 else 0).tolist()))
+    assert torch.equal(pieces[1]["z"], torch.cat([batch["z"][6:12], batch["z"][26:28]]))
+    assert torch.equal(pieces[1]["y"], torch.cat([batch["y"][3:6], batch["y"][13:14]]))
+    data = dict(x=torch.arange(6), t=torch.arange(3))
+    assert [fmd.share(data, i, 3)["x"].tolist() for i in range(3)] == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_micro_batches_are_as_few_as_fit_and_alike():
+    def count(world=1, **settings):
+        return fmd.micro_batches(fmd.Config(**{**dict(batch_size=256), **settings}), world)
+
+    assert count() == 1 and count(micro_batch_size=32) == 8 and count(8, micro_batch_size=32) == 1
+    assert count(micro_batch_size=40) == 8  # 7 pieces would not be alike
+    assert count(4, micro_batch_size=16) == 4 and count(micro_batch_size=32, group_size=8) == 8
+    assert count(2, correction_share=0.0, batch_size=6) == 1 and count(3, correction_share=1.0, batch_size=6) == 1
+    for world, settings, better in ((6, {}, 264), (1, dict(micro_batch_size=1), None), (3, dict(batch_size=4), 12)):
+        with pytest.raises(fmd.UserError, match=f"--batch-size {better}" if better else "micro-batch-size'") as e:
+            count(world, **settings)
+        assert e.value.args[1] == 2
+        if better:
+            assert count(world, **{**settings, "batch_size": better}) == 1
+
+
+def distill_some(start, **settings):
+    """The gradients of the first step and the weights after three of a distillation."""
+    config = fmd.Config(
+        batch_size=16, guidance_max=3.0, steps=3, warmup=0, learning_rate=1e-3, alpha=0.7, **settings
+    )
+    torch.manual_seed(0)
+    module = fmd.make_distiller(start, config)
+    state = fmd.TrainState(module, config)
+    state.fit_to_machine()
+    gradients, lambdas = None, []
+    for _, figures, _ in fmd.train(module, lambda k: fmd.draw_prior(start.shape, 3, config, k), config, state):
+        gradients = gradients or {k: p.grad.clone() for k, p in module.named_parameters() if p.requires_grad}
+        lambdas.append(figures["lambda"].item())
+    return gradients, {k: p.detach().clone() for k, p in module.named_parameters()}, lambdas, figures
+
+
+def close(a, b, rtol=1e-4):
+    for name in a:
+        assert relative(a[name], b[name].double()) < rtol or (a[name] - b[name]).abs().max() < 1e-7, name
+
+
+@pytest.fixture
+def latent_start():
+    network = small(input_size=4, in_channels=4, patch_size=2).float().requires_grad_(False)
+    return network.eval()
+
+
+@pytest.mark.parametrize("form", ["step", "jvp", "difference"])
+@pytest.mark.parametrize("settings", [dict(micro_batch_size=4), dict(activation_checkpointing=True)])
+def test_the_way_a_step_is_computed_changes_rounding_only(form, settings, latent_start):
+    whole, found = distill_some(latent_start, prediction=form), distill_some(
+        latent_start, prediction=form, **settings
+    )
+    close(whole[0], found[0])
+    close(whole[1], found[1])
+    assert whole[2] == pytest.approx(found[2], rel=1e-4) and whole[2][0] == 0 < whole[2][1]
+    for name, value in whole[3].items():
+        assert value.item() == pytest.approx(found[3][name].item(), rel=1e-3, abs=1e-9), name
+
+
+def test_the_balance_is_that_of_the_step_before_over_all_pieces(latent_start):
+    config = fmd.Config(batch_size=16, steps=2, micro_batch_size=4, alpha=0.7)
+    module, seen = fmd.make_distiller(latent_start, config), []
+    inner = module.forward
+
+    def noted(batch):
+        seen.append(inner(batch)[1])
+        return inner(batch)
+
+    module.forward = noted
+    for _ in fmd.train(module, lambda k: fmd.draw_prior(latent_start.shape, 3, config, k), config):
+        pass
+    first, second = seen[:4], seen[4:]
+    G, N = (torch.stack([figures[k] for figures in first]).mean() for k in ("norm_G", "norm_N"))
+    for figures in second:
+        assert figures["lambda"].item() == pytest.approx((0.7 * G / (N + config.eps)).item(), rel=1e-5)
+
+
+def test_activation_checkpointing_runs_blocks_again(latent_start):
+    calls = []
+    network = fmd.DiT.from_teacher(latent_start)
+    for block in network.blocks:
+        block.attn.register_forward_hook(lambda *_: calls.append(1))
+    x, t = torch.randn(2, 4, 4, 4), torch.rand(2)
+    for flag, expected in ((False, 2), (True, 4)):
+        calls.clear()
+        network.activation_checkpointing = flag
+        network(x, t).sum().backward()
+        assert len(calls) == expected
+    calls.clear()
+    with torch.no_grad():
+        network(x, t)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("form", ["step", "jvp"])
+def test_bfloat16_is_near_float32_and_keeps_float32_weights(form, latent_start):
+    exact, found = distill_some(latent_start, prediction=form), distill_some(
+        latent_start, prediction=form, precision="bfloat16"
+    )
+    error = torch.stack([(exact[0][k] - found[0][k]).norm() for k in exact[0]]).norm()
+    total = torch.stack([exact[0][k].norm() for k in exact[0]]).norm()
+    assert 1e-4 < error / total < 0.05
+    assert all(v.dtype == torch.float32 for v in found[1].values())
+    with pytest.raises(fmd.UserError, match="difference"):
+        fmd.Config(prediction="difference", precision="bfloat16")
+
+
+@pytest.mark.skipif(not any(shutil.which(c) for c in ("g++", "clang++", "cl")), reason="compiling needs a compiler")
+def test_compiled_networks_agree(latent_start):
+    plain = distill_some(latent_start, prediction="jvp")
+    found = distill_some(latent_start, prediction="jvp", compile=True)
+    close(plain[0], found[0], 1e-3)
+    close(plain[1], found[1], 1e-3)
+
+
+def torchrun(script, *args, processes=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(fmd.__file__).parent)}
+    return subprocess.run(
+        [*command, str(script), *map(str, args)], capture_output=True, text=True, timeout=300, env=environment
+    )
+
+
+def adam_moments(path):
+    """After one step: (1 - beta_1) times the gradients, clipped."""
+    return {
+        f"{k}": v["exp_avg"] for k, v in torch.load(path, weights_only=True)["adamw"]["state"].items() if "exp_avg" in v
+    }
+
+
+@pytest.fixture(scope="module")
+def parallel(tmp_path_factory):
+    """Flags that distill a small public teacher, with guidance, critic and derivative, and a run of them."""
+    folder = tmp_path_factory.mktemp("parallel")
+    torch.save(public_file(64, 1, outputs=8), folder / "sit.pt")
+    flags = ["--dataset", "imagenet", "--teacher", folder / "sit.pt", "--precision", "float32", *TINY_DISTILL]
+    flags += ["--batch-size", "16", "--prediction", "jvp"]
+    run(*flags, "--out", folder / "one")
+    return flags, folder / "one"
+
+
+def test_two_processes_equal_one(parallel, tmp_path):
+    flags, one = parallel
+    run(*flags, "--out", tmp_path / "one", "--steps", "1")
+    done = torchrun(fmd.__file__, *flags, "--out", tmp_path / "two", "--steps", "1")
+    assert done.returncode == 0, done.stderr
+    close(adam_moments(tmp_path / "one" / "student.pt"), adam_moments(tmp_path / "two" / "student.pt"))
+    assert done.stdout.count("samples 4 x 8 x 8") == 1 and (tmp_path / "two" / "metrics.json").exists()
+    # all steps, in two processes and two pieces each
+    done = torchrun(fmd.__file__, *flags, "--out", tmp_path / "long", "--micro-batch-size", "4")
+    assert done.returncode == 0, done.stderr
+    close(weights(one / "student.pt"), weights(tmp_path / "long" / "student.pt"), 1e-3)
+    logs = [fmd.read_log(folder / "metrics.jsonl") for folder in (one, tmp_path / "long")]
+    assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]] == [1, 2, 3, 4, 5, 6]
+    for a, b in zip(*logs):
+        for name in ("prediction", "correction", "critic", "lambda"):
+            assert a[name] == pytest.approx(b[name], rel=1e-2, abs=1e-6), (a["step"], name)
+
+
+def test_processes_that_cannot_share_a_batch(parallel, tmp_path):
+    flags, _ = parallel
+    done = torchrun(fmd.__file__, *flags, "--out", tmp_path / "out", processes=3)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("fmd:")]
+    assert done.returncode and len(lines) == 1 and "3 processes" in lines[0] and not (tmp_path / "out").exists()
+
+
+def test_a_lost_process_leaves_a_checkpoint_that_goes_on(parallel, tmp_path):
+    flags, one = parallel
+    script = tmp_path / "lost.py"
+    script.write_text(
+        "import os, signal, sys, fmd\n"
+        "draw = fmd.draw_prior\n"
+        "def dying(*args):\n"
+        "    if args[-1] == 5 and fmd.rank() == 1:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return draw(*args)\n"
+        "fmd.draw_prior = dying\n"
+        "sys.exit(fmd.main())\n"
+    )
+    out = tmp_path / "out"
+    done = torchrun(script, *flags, "--out", out)
+    assert done.returncode and torch.load(out / "student.pt", weights_only=True)["step"] == 4
+    assert "fmd: a process was lost" in done.stderr and "--resume" in done.stderr and not list(out.glob("*.part.*"))
+    run(*flags, "--out", out, "--resume")  # one process goes on where two were
+    close(weights(out / "student.pt"), weights(one / "student.pt"), 1e-3)
+
+
+def test_an_interrupt_stops_all_processes_at_one_step(parallel, tmp_path):
+    flags, _ = parallel
+    script = tmp_path / "interrupted.py"
+    script.write_text(
+        "import os, signal, sys, fmd\n"
+        "draw = fmd.draw_prior\n"
+        "def interrupted(*args):\n"
+        "    if args[-1] == 2 and fmd.rank() == 1:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return draw(*args)\n"
+        "fmd.draw_prior = interrupted\n"
+        "sys.exit(fmd.main())\n"
+    )
+    done = torchrun(script, *flags, "--out", tmp_path / "out")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("fmd:")]
+    assert len(lines) == 1 and "step 3 of 6" in lines[0] and "--resume" in lines[0], done.stderr
+    assert torch.load(tmp_path / "out" / "student.pt", weights_only=True)["step"] == 3
+
+
+def test_samples_are_the_same_whatever_the_number_of_processes(finished, tmp_path):
+    flags = ["--stage", "sample", "--student", finished / "student.pt", "--samples", "1700", "--device", "cpu"]
+    run(*flags, "--out", tmp_path / "one", "--threads", "1")
+    done = torchrun(fmd.__file__, *flags, "--out", tmp_path / "two", "--threads", "1")
+    assert done.returncode == 0, done.stderr
+    a, b = (np.load(tmp_path / name / "samples.npz") for name in ("one", "two"))
+    assert a["arr_0"].shape == (1700, 2) and np.array_equal(a["arr_0"], b["arr_0"])
+    assert np.array_equal(a["arr_1"], b["arr_1"]) and done.stdout.count("1700 samples are in") == 1
+
+
+@pytest.mark.parametrize("form", ["step", "jvp", "difference"])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_forwards_needed_are_those_that_a_step_makes(form, guidance, latent_start):
+    config = fmd.Config(batch_size=16, prediction=form, guidance_max=guidance, steps=1)
+    module, made = fmd.make_distiller(latent_start, config), 0
+    for network in (module.network, module.critic, module.teacher):
+
+        def count(_, inputs, __):
+            nonlocal made
+            made += len(inputs[0])
+
+        network.register_forward_hook(count)
+    for _ in fmd.train(module, lambda k: fmd.draw_prior(latent_start.shape, 3, config, k), config):
+        pass
+    backward = 2 * (16 + 4)  # student and critic
+    if form == "jvp":
+        made += 12  # the derivative beside the value
+    assert sum(fmd.forwards_needed(config).values()) == made + backward
+    recomputing = dataclasses.replace(config, activation_checkpointing=True)
+    assert sum(fmd.forwards_needed(recomputing).values()) == made + backward + 16 + 4
+
+
+def test_saved_bytes_of_a_product():
+    layer = torch.nn.Linear(3, 5)  # keeps its input; its weights are its own
+    assert fmd.saved_bytes(layer, torch.ones(7, 3, requires_grad=True)) == 7 * 3 * 4
+
+
+def test_benchmark_stage(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save(public_file(64, 1, outputs=8), "sit.pt")
+    flags = ["--stage", "benchmark", "--batch-size", "8", "--device", "cpu", "--quick"]
+    commands = [["--hidden-size", "16", "--depth", "1", "--group-size", "1"], ["--dataset", "imagenet", "--teacher", "sit.pt"]]
+    for command, refused in zip(commands, (False, True)):
+        run(*flags, *command)
+        text = capsys.readouterr().out
+        assert text.count("the whole step") == 3 - refused and text.count("samples/s") == 3 - refused
+        assert ("drowns in bfloat16" in text) == refused and "M parameters" in text and "TFLOP/s" in text
+        needed = {"step": 88, "jvp": 58} if refused else {"step": 62, "jvp": 50, "difference": 50}
+        for form, total in needed.items():
+            table = text.split(f"--prediction {form}")[1]
+            assert int(re.search(r"the whole step\s+\S+\s+\S+\s+(\d+)", table)[1]) == total
+    assert not list(tmp_path.glob("runs*"))
