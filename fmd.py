@@ -449,8 +449,10 @@ def encode(folder, path, vae, seed=0, side=256, size=16, interval=100, resume=Fa
     device = next(vae.parameters()).device
     first = int(progress.read_text()) if resume and progress.exists() else 0
     channels, scale = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
-    latents = np.lib.format.open_memmap(part, "r+" if first else "w+", np.float16,
-                                        (len(pictures), channels, side // scale, side // scale))
+    shape = len(pictures), channels, side // scale, side // scale
+    latents = np.lib.format.open_memmap(part, "r+" if first else "w+", np.float16, shape)
+    if latents.shape != shape:
+        raise UserError(f"{part} is of other pictures, {latents.shape}, not {shape}: give --overwrite", 2)
     batches = torch.arange(len(pictures)).split(size)
     loader = torch.utils.data.DataLoader(pictures, batch_sampler=[b.tolist() for b in batches[first:]],
                                          num_workers=min(8, os.cpu_count() or 1))
@@ -809,8 +811,7 @@ def from_public(file, path, form=""):
     of_repa = any(k.startswith(("projectors.", "decoder_blocks.")) for k in tensors)
     tensors = {k: v for k, v in tensors.items() if not k.startswith("projectors.")}
     ndim = {"x_embedder.proj.weight": 4, "pos_embed": 3, "y_embedder.embedding_table.weight": 2,
-            "blocks.0.attn.qkv.weight": 2, "final_layer.linear.weight": 2,
-            "final_layer.linear.bias": 1}
+            "blocks.0.attn.qkv.weight": 2, "final_layer.linear.weight": 2, "final_layer.linear.bias": 1}
     bad = [k for k, n in ndim.items() if getattr(tensors.get(k), "ndim", None) != n]
     if getattr(tensors.get("t_embedder.mlp.0.weight"), "shape", (0,))[-1] != 256:
         bad.append("t_embedder.mlp.0.weight")
@@ -829,13 +830,13 @@ def from_public(file, path, form=""):
         raise UserError(f"{path} was trained with prediction {prediction} and path type {path_type}: give "
                         "one that predicts velocities of the linear path")
     of_sit = len(tensors["final_layer.linear.weight"]) == 2 * C * p * p
-    forms = {form: True, "sit": of_sit or prediction == "velocity" or form == "sit",
-             "repa": of_repa or prediction == "v" or form == "repa"}
-    if forms["sit"] == forms["repa"]:
-        what = "has marks of both SiT and REPA" if forms["sit"] else "does not tell SiT from REPA"
+    sit = of_sit or form == "sit" or prediction == "velocity"
+    repa = of_repa or form == "repa" or prediction == "v"
+    if sit == repa:
+        what = "has marks of both SiT and REPA" if sit else "does not tell SiT from REPA"
         raise UserError(f"{path} {what}, which differ in sign and time: give the right --teacher-format")
     last = ["final_layer.linear.weight", "final_layer.linear.bias"]
-    if forms["sit"]:  # time is 1 - t, and cos w(1 - t) = cos w cos wt + sin w sin wt, sin w(1 - t) = ...
+    if sit:  # its time is 1 - t, and cos w(1 - t) = cos w cos wt + sin w sin wt, the sine likewise
         w = torch.exp(-math.log(10000) / 128 * torch.arange(128, dtype=torch.float64))
         of_cos, of_sin = tensors["t_embedder.mlp.0.weight"].double().split(128, 1)
         tensors["t_embedder.mlp.0.weight"] = torch.cat(
@@ -849,7 +850,7 @@ def from_public(file, path, form=""):
     heads = HEADS.get(D, max(1, D // 64)) if norm is None else D // len(norm)
     side = p * math.isqrt(tensors["pos_embed"].shape[1])
     classes = len(tensors["y_embedder.embedding_table.weight"]) - 1
-    return dict(format="SiT" if forms["sit"] else "REPA", ema=tensors, network=dict(
+    return dict(format="SiT" if sit else "REPA", ema=tensors, network=dict(
         input_size=side, in_channels=C, num_classes=classes, hidden_size=D, depth=depth, num_heads=heads,
         patch_size=p, qk_norm=norm is not None))
 
@@ -1185,7 +1186,7 @@ def mean_over_processes(v):
     return v
 
 
-def micro_batches(config, world):
+def micro_batches(config, world, name="--batch-size"):
     """Into how many pieces each of `world` processes cuts its share of a batch: the fewest that keep to
     config.micro_batch_size, all alike, so that a mean over pieces is one over the batch. Raises UserError."""
     size, limit, g = config.batch_size, config.micro_batch_size or math.inf, config.group_size
@@ -1198,9 +1199,9 @@ def micro_batches(config, world):
 
     if fewest(size) is None:
         other = next((n for n in range(size, 8 * world * size, g) if fewest(n)), None)
-        raise UserError(f"--batch-size {size} cannot be dealt evenly to {world} processes in pieces of at "
-                        f"most {limit}, what predicts and what corrects: give a larger --micro-batch-size"
-                        f"{f' or --batch-size {other}' if other else ''}", 2)
+        raise UserError(f"{name} {size} cannot be dealt evenly to {world} processes in pieces of at most "
+                        f"{limit}, what predicts and what corrects: give a larger --micro-batch-size"
+                        f"{f' or {name} {other}' if other else ''}", 2)
     return fewest(size)
 
 
@@ -1217,7 +1218,7 @@ def train(module, draw, config, state=None):
     device, pieces = next(module.parameters()).device, micro_batches(config, world_size())
     parallel, buffers = module, dict(module.named_buffers(recurse=False))
     if world_size() > 1:
-        parallel = DistributedDataParallel(module)
+        parallel = DistributedDataParallel(module, gradient_as_bucket_view=True)
     while state.step < config.steps:
         state.set_learning_rates()
         for optimizer in state.optimizers.values():
@@ -1596,8 +1597,9 @@ def evaluate(student, start, config, out, files, data=None, vae=None):
     shown = 4000 if is_plane(z) else 40
     shown = {name: as_pictures(x[:shown], vae) for name, x in sets.items()}
     save_figure(plot_samples(shown, titles), out / "comparison.png")
-    few = 9 if vae else 40 if is_plane(z) else 36
-    path, jumps = (torch.stack([as_pictures(x[:few], vae) for x in xs]) for xs in (path, jumps))
+    if not is_plane(z):
+        several = 9 if vae else 36
+        path, jumps = (torch.stack([as_pictures(x[:several], vae) for x in xs]) for xs in (path, jumps))
     save_figure(plot_paths(path, jumps) if is_plane(path) else plot_filmstrip(path, jumps), out / "paths.png")
     save_figure(plot_error({"student": errors}), out / "error.png")
     save_figure(plot_losses(read_log(out / "metrics.jsonl")), out / "losses.png")
@@ -1666,9 +1668,10 @@ def seconds_of(device, *calls, least=1.0):
 
     for call in calls * 2:
         call()
-    times = []
-    while len(times) < 3 or np.sum(times) < least * len(calls):
+    times, total = [], torch.zeros((), device=device)
+    while len(times) < 3 or total < least * len(calls):
         times.append([clock(call) for call in calls])
+        total = mean_over_processes(total + sum(times[-1]))  # as often everywhere: calls may wait for all
     return np.median(times, 0).tolist()
 
 
@@ -1684,15 +1687,19 @@ def benchmark(start, config):
     flops, network = counter.get_total_flops(), DiT.from_teacher(start)  # one that is trained
     with torch.autocast(device.type, torch.bfloat16, low):
         kept = saved_bytes(network, z, one) - saved_bytes(network, z[:1], one[:1])
+    depth, tokens, count = len(start.blocks), start.pos_embed[0], sum(p.numel() for p in start.parameters())
+    few = depth * tokens.numel() * 4 + kept / depth  # the inputs of all blocks, and one block's share
+    held = 4 * count * (6 + 4 * (config.corrections > 0))  # teacher, average; 4 for who learns
     side = 8192 if is_gpu else 2048
     matrix = torch.randn(side, side, device=device, dtype=torch.bfloat16 if low else torch.float32)
     peak = 2 * side**3 / seconds_of(device, lambda: matrix @ matrix)[0]
     where = torch.cuda.get_device_name(device) if is_gpu else f"{device}, {torch.get_num_threads()} threads"
     print(f"{config.dataset} on {where}, processes: {world_size()}, torch {torch.__version__}, "
           f"{config.precision}{', compiled' * config.compile}\n"
-          f"network: {sum(p.numel() for p in start.parameters()) / 1e6:.1f} M parameters, "
-          f"{flops / 1e9:.3g} GFLOP for a forward of one sample, for whose backward pass "
-          f"{kept / 2**20:.3g} MiB are kept\nmatrix product of side {side}: {peak / 1e12:.3g} TFLOP/s")
+          f"network: {count / 1e6:.1f} M parameters; a forward of one sample: {flops / 1e9:.3g} GFLOP\n"
+          f"memory: networks and optimizer {held / 2**30:.3g} GiB; for the backward pass of a sample "
+          f"{kept / 2**20:.3g} MiB, with --activation-checkpointing about {few / 2**20:.3g}\n"
+          f"matrix product of side {side}: {peak / 1e12:.3g} TFLOP/s", flush=True)
     for form in "step", "jvp", "difference":
         try:
             benchmark_step(start, dataclasses.replace(config, prediction=form), flops, peak)
@@ -2107,9 +2114,6 @@ def pick_device(name):
     """The device of a name; auto is an accelerator if there is one. Raises UserError if it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and world_size() > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(name)
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as e:
@@ -2162,6 +2166,8 @@ def run(args):
         if not args.latents or args.image_size % 8 or args.image_size < 8:
             raise UserError("--encode: name the file to be written by --latents FILE.npy; "
                             "--image-size is a multiple of 8", 2)
+        if rank():
+            return None  # one process encodes
         vae = find_vae(args, pick_device(args.device), wanted=True)
         return encode(args.encode, Path(args.latents), vae, given.get("seed", 0), args.image_size,
                       resume=args.resume, overwrite=args.overwrite)
@@ -2220,8 +2226,10 @@ def run_training(args, given):
     config = Config(**{"dataset": dataset, **preset, **given})
     device, out = pick_device(args.device), pick_folder(args, dataset)
     check_folder(args, out)
-    for kind in ("teacher", "student"):
-        micro_batches(stage_config(kind, config), world_size())  # refuses what cannot be dealt
+    if args.stage != "teacher":
+        micro_batches(config, world_size())  # refuses what cannot be dealt
+    if args.stage in ("all", "teacher") and not args.teacher:
+        micro_batches(stage_config("teacher", config), world_size(), "--teacher-batch-size")
     if args.stage == "benchmark":
         settle_machine(config)
         if args.teacher:
@@ -2281,6 +2289,8 @@ def processes():
     if int(os.environ.get("WORLD_SIZE", 1)) < 2:
         yield
         return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # long enough for process 0 to measure, save or download while the others wait
     distributed.init_process_group(timeout=datetime.timedelta(minutes=60))
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if rank() else sys.stdout):
@@ -2306,9 +2316,9 @@ def main(argv=None):
         elif isinstance(e, OSError):
             line = f"{e.strerror or e} {e.filename or ''}: mend or free the place, or choose another --out"
         elif "out of memory" in str(e).lower() or "allocate memory" in str(e).lower():
-            line = "out of memory: lower --micro-batch-size or --batch-size, or --activation-checkpointing"
+            line = "out of memory: lower --micro-batch-size or --batch-size, or try --activation-checkpointing"
         elif world_size() > 1 and any(word in str(e).lower() for word in ("gloo", "nccl", "connection")):
-            line = (f"a process was lost ({type(e).__name__}): the last checkpoint is good, and the same command "
+            line = (f"a process was lost ({type(e).__name__}): the last checkpoint is good, the same command "
                     "with --resume goes on")
         if rank() and isinstance(e, (UserError, KeyboardInterrupt)):
             return status  # process 0 says the same

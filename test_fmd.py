@@ -1387,6 +1387,14 @@ BAD_COMMANDS = [
     (["--student", "x.pt"], "--student"),
     (["--seed", "-1"], "--seed"),
     (["--decay", "2"], "--decay"),
+    (["--dataset", "imagenet"], "sit-xl/2-256"),
+    (["--dataset", "imagenet", "--flip"], "--flip"),
+    (["--prediction", "difference", "--precision", "bfloat16"], "--precision float32"),
+    (["--micro-batch-size", "3"], "--batch-size 256 cannot be dealt"),
+    (["--teacher-batch-size", "8", "--micro-batch-size", "4"], "--micro-batch-size"),
+    (["--teacher-format", "dit"], "sit, repa"),
+    (["--encode", "x"], "--latents"),
+    (["--encode", "x", "--latents", "y.npy", "--image-size", "100"], "multiple of 8"),
 ]
 
 
@@ -1534,6 +1542,17 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(
     assert "step 7" in line and "lower learning rate" in line
     checkpoint = torch.load(tmp_path / "student.pt", weights_only=True)
     assert checkpoint["step"] == 4 and all(v.isfinite().all() for v in checkpoint["model"].values())
+
+
+def test_pictures_of_a_toy_show_all_its_points(finished, tmp_path, monkeypatch):
+    seen = {}
+    for name in ("plot_paths", "animate_paths", "plot_samples"):
+        plot = getattr(fmd, name)
+        monkeypatch.setattr(fmd, name, lambda *a, name=name, plot=plot: seen.update({name: a}) or plot(*a))
+    run("--stage", "evaluate", "--student", finished / "student.pt", "--out", tmp_path)
+    for name in ("plot_paths", "animate_paths"):
+        assert [len(path) for path in seen[name]] == [9, 9] and [path.shape[1] for path in seen[name]] == [200, 200]
+    assert {k: len(x) for k, x in seen["plot_samples"][0].items()} == dict(data=200, teacher=200, student=200)
 
 
 def test_an_interrupt_while_measuring_and_an_unexpected_error(finished, tmp_path, monkeypatch, capsys):
@@ -2191,7 +2210,10 @@ def test_encoding_pictures(vae, photos, tmp_path, monkeypatch, capsys):
     run(*command, "--overwrite", "--seed", 1)
     assert not np.array_equal(np.load(path), x)
     assert {p.name for p in tmp_path.iterdir()} == {"photos", "a.npy", "a_labels.npy"}
-    assert "--latents" in run("--encode", photos, *flags, status=2, capsys=capsys)
+    (tmp_path / "b.part.txt").write_text("1")
+    np.save(tmp_path / "b.part.npy", x[:2])
+    line = run(*command[:4], "--latents", tmp_path / "b.npy", *flags, "--resume", status=2, capsys=capsys)
+    assert "other pictures" in line
     line = run("--encode", tmp_path / "nothing", "--latents", path, *flags, status=1, capsys=capsys)
     assert "one a class" in line
 
@@ -2492,7 +2514,8 @@ def test_processes_that_cannot_share_a_batch(parallel, tmp_path):
     flags, _ = parallel
     done = torchrun(fmd.__file__, *flags, "--out", tmp_path / "out", processes=3)
     lines = [line for line in done.stderr.splitlines() if line.startswith("fmd:")]
-    assert done.returncode and len(lines) == 1 and "3 processes" in lines[0] and not (tmp_path / "out").exists()
+    assert done.returncode and len(lines) == 1 and "--batch-size 16 cannot be dealt evenly to 3" in lines[0]
+    assert "--batch-size 24" in lines[0] and not (tmp_path / "out").exists()
 
 
 def test_a_lost_process_leaves_a_checkpoint_that_goes_on(parallel, tmp_path):
