@@ -1796,9 +1796,10 @@ def grid(x, columns):
     return x.permute(1, 2, 0).numpy()
 
 
-def strip(rows, titles=(), size=0.8):
+def strip(rows, titles=()):
     """Pictures in rows, [(name, (N, C, H, W))]; names in their colours at the left, titles over columns."""
     n, width = len(rows[0][1]), rows[0][1].shape[3] + 1
+    size = max(0.8, width / 160)  # inches of a picture
     figure, axes = plt.subplots(len(rows), 1, figsize=(size * n + 0.9, size * len(rows) + 0.5), squeeze=False,
                                 layout="constrained")
     for axis, (name, x) in zip(axes.flat, rows):
@@ -2316,7 +2317,7 @@ def main(argv=None):
         elif isinstance(e, OSError):
             line = f"{e.strerror or e} {e.filename or ''}: mend or free the place, or choose another --out"
         elif "out of memory" in str(e).lower() or "allocate memory" in str(e).lower():
-            line = "out of memory: lower --micro-batch-size or --batch-size, or try --activation-checkpointing"
+            line = "out of memory: lower --micro-batch-size or --batch-size; --activation-checkpointing helps"
         elif world_size() > 1 and any(word in str(e).lower() for word in ("gloo", "nccl", "connection")):
             line = (f"a process was lost ({type(e).__name__}): the last checkpoint is good, the same command "
                     "with --resume goes on")
