@@ -26,7 +26,7 @@ them, each for a group of B / G samples in a row, for which the network then com
     python fmd.py --stage search --out runs/mnist --reward symmetric
     python fmd.py --dataset imagenet --teacher SiT-XL-2-256x256.pt   # distill a released teacher, on one GPU
     torchrun --nproc_per_node=8 fmd.py --dataset imagenet --teacher repa-xl/2-256     # or on eight
-    torchrun --nproc_per_node=8 fmd.py --stage sample --out runs/imagenet --samples 50000 --guidance 1.5
+    torchrun --nproc_per_node=8 fmd.py --stage sample --out runs/imagenet --samples 50000 --guidance 1.4
     python fmd.py --stage benchmark --dataset imagenet               # what a step costs here
 
 Read on from the top. Section 5 is the paper; the rest makes it run.
@@ -129,7 +129,7 @@ class Config:
     teacher_format: str = option("", "sit or repa, for a pretrained file that does not tell",
                                  choices=["", "sit", "repa"])
     # student: prediction [7, 8, 9]
-    method: str = option("prior", "regression: a rival that learns pairs of noise and the teacher's endpoint",
+    method: str = option("prior", "prior: the paper's; regression: a rival, pairs of noise and endpoint",
                          choices=["prior", "regression"])
     steps: int = option(3000, "training steps of the student", 1)
     batch_size: int = option(256, "samples a step of the student", 1)
@@ -143,6 +143,8 @@ class Config:
     # student: correction [10, 11]
     correction_share: float = option(0.25, "of the batch; 0: predict only, 1: correct only", 0, 1)
     alpha: float = option(0.3, "lambda is alpha E||D_G|| / E||D_N||", 0)
+    balance: str = option("before", "||D_G|| in lambda: before its decay, or after, as it acts on F",
+                          choices=["before", "after"])
     critic_learning_rate: float = option(1e-4, "peak; the critic has to keep up with the student", 0)
     r_location: float = option(0.8, "r = sigmoid(N(r_location, r_scale^2)), in the correction")
     r_scale: float = option(1.0, "see r_location", 0)
@@ -230,7 +232,7 @@ PRESETS = {
     "cifar10": dict(PICTURES, teacher_steps=200000, steps=100000, flip=True),
     "imagenet": dict(PICTURES, hidden_size=1152, depth=28, num_heads=16, precision="bfloat16",
                      micro_batch_size=32, teacher_steps=400000, teacher_learning_rate=1e-4, steps=100000,
-                     guidance_max=3.0, guidance=1.5, decay=1.0, alpha=1.0, ema_decay=0.9999,
+                     guidance_max=3.0, guidance=1.4, decay=1.0, alpha=1.0, ema_decay=0.9999,
                      eval_samples=2000, eval_paths=64, eval_batch_size=50, eval_interval=1000,
                      checkpoint_interval=2500),
 }
@@ -282,12 +284,12 @@ TOYS = {
 }
 
 
-def read_array(path, flag, **how):
-    """The array of an .npy file. Raises UserError."""
+def read_array(path, asked, **how):
+    """The array of an .npy file, which the flag `asked` named. Raises UserError."""
     try:
         return np.load(path, allow_pickle=False, **how)
     except (OSError, ValueError, EOFError) as e:
-        raise UserError(f"cannot read {path} ({e}): {flag} takes a file as numpy.save writes it") from e
+        raise UserError(f"cannot read {path} ({e}): {asked} takes a file as numpy.save writes it") from e
 
 
 class ToyData:
@@ -425,7 +427,8 @@ def as_pictures(x, vae=None, size=8):
     if vae is None:
         return x[:, :3].cpu() / 2
     with torch.no_grad():
-        return torch.cat([vae.decode(part / LATENT_SCALE).sample.cpu() for part in x.split(size)])
+        parts = (part.to(vae.device) / LATENT_SCALE for part in x.split(size))
+        return torch.cat([vae.decode(part).sample.cpu() for part in parts])
 
 
 def encode(folder, path, vae, seed=0, side=256, size=16, interval=100, resume=False, overwrite=False):
@@ -450,6 +453,10 @@ def encode(folder, path, vae, seed=0, side=256, size=16, interval=100, resume=Fa
     first = int(progress.read_text()) if resume and progress.exists() else 0
     channels, scale = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
     shape = len(pictures), channels, side // scale, side // scale
+    if channels != 4:
+        raise UserError(f"--vae has {channels} channels: give one of 4, as Stable Diffusion's first")
+    if not first:
+        progress.unlink(missing_ok=True)
     latents = np.lib.format.open_memmap(part, "r+" if first else "w+", np.float16, shape)
     if latents.shape != shape:
         raise UserError(f"{part} is of other pictures, {latents.shape}, not {shape}: give --overwrite", 2)
@@ -457,7 +464,13 @@ def encode(folder, path, vae, seed=0, side=256, size=16, interval=100, resume=Fa
     loader = torch.utils.data.DataLoader(pictures, batch_sampler=[b.tolist() for b in batches[first:]],
                                          num_workers=min(8, os.cpu_count() or 1))
     with torch.no_grad():
-        for i, (x, _) in enumerate(tqdm(loader, "encode", len(batches), initial=first, disable=None), first):
+        read = iter(tqdm(loader, "encode", len(batches), initial=first, disable=None))
+        for i in range(first, len(batches)):
+            try:
+                x, _ = next(read)
+            except OSError as e:  # with the traceback of a worker as its text
+                raise UserError(f"a picture cannot be read ({str(e).splitlines()[-1]}): mend or replace it, and "
+                                "go on with --resume") from e
             d = vae.encode(x.to(device)).latent_dist
             n = torch.randn(d.mean.shape, generator=generator(seed, ENCODING, i)).to(device)
             latents[batches[i].numpy()] = (LATENT_SCALE * (d.mean + d.std * n)).cpu().numpy()
@@ -646,8 +659,10 @@ class DiT(nn.Module):
         x = nnf.linear(x, proj.weight.flatten(1), proj.bias) + self.pos_embed  # (B, T, D), tokens row by row
         T, x = x.shape[1], x.reshape(len(c), -1, x.shape[2])  # (G, B / G * T, D): one conditioning a group
         for block in self.blocks:
-            recompute = self.activation_checkpointing and torch.is_grad_enabled()
-            x = recomputed(block, x, c, T, use_reentrant=False) if recompute else block(x, c, T)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = recomputed(block, x, c, T, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, c, T)
         x = self.final_layer(x, c).view(-1, H // p, W // p, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, C, H, W)
 
@@ -893,7 +908,7 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
         jvp         v_G = F + delta dF/ddelta [7], by forward-mode differentiation
         difference  the same, dF/ddelta being a difference between delta - h and delta + h
         step        over the stretch from delta - h to delta: what the student says, less what one RK4 step
-                    of the teacher makes of the student's own f(z, delta - h)
+                    of the teacher makes of the student's own f(z, delta - h), over h
     """
     F = student(z, delta, y, guidance) if F is None else F
     f, h = z + expand(delta, z) * F, torch.as_tensor(h, device=z.device).expand_as(delta)
@@ -969,9 +984,10 @@ class Distiller(nn.Module):
         c, u = self.config, guided(self.teacher, guidance, self.config.guidance_interval)
         D_G = prediction_gradient(self.network, u, z, delta, y, guidance, c.prediction, h, F)
         size = squared_norm(D_G)
-        if c.prediction == "step":
-            D_G = expand(h / delta, D_G) * D_G  # F less the average velocity to where the teacher's step ends
-        return (F * decayed(D_G, c)).mean(), size.sqrt().mean(), size.mean()
+        # F less the average velocity to where the teacher's step ends is (h / delta) D_G
+        acting = decayed(expand(h / delta, D_G) * D_G if c.prediction == "step" else D_G, c)
+        norm = size if c.balance == "before" else squared_norm(acting)
+        return (F * acting).mean(), norm.sqrt().mean(), size.mean()
 
     def correct(self, F, z, delta, y, guidance, r, n):
         x = (z + F).detach()  # f(z, 1), the student's samples
@@ -1040,16 +1056,16 @@ def draw_prior(shape, num_classes, config, step):
     batch = draw_noise(shape, num_classes, c, c.batch_size, g)
     uniform = (torch.arange(p) + torch.rand(p, generator=g)) / max(p, 1)  # one in each of even parts
     delta = (1 - uniform**c.delta_power).clamp(min=1e-3)  # nearer to 0 a difference has no digits left
+    edges = [1 - t for t in c.guidance_interval if c.is_guided and 0 < t < 1]  # u jumps there: go aside
+    for edge in edges:
+        gap = c.difference_size + 1e-4
+        aside = (edge + gap * (delta - edge).sign()).clamp(1e-3, 1)
+        delta = torch.where((delta - edge).abs() < gap, aside, delta)
     h = torch.full_like(delta, c.difference_size)
     if c.prediction == "step":
         h = torch.minimum(c.step_size * (0.5 + 0.5 * torch.rand(p, generator=g)), delta)
-    for t in c.guidance_interval if c.is_guided else ():  # there u jumps, which nothing may straddle:
-        if 0 < t < 1:
-            edge, gap = 1 - t, c.difference_size + 1e-4
-            aside = (edge + gap * (delta - edge).sign()).clamp(0, 1)
-            delta = torch.where((delta - edge).abs() < gap, aside, delta)
-            if c.prediction == "step":  # a step begins behind it
-                h = torch.where((delta - h < edge) & (edge < delta), delta - edge - 1e-4, h)
+        for edge in edges:  # a step begins behind it
+            h = torch.where((delta - h < edge) & (edge < delta), delta - edge - 1e-4, h)
     batch["delta"], batch["h"] = torch.cat([delta, torch.ones(m)]), h
     batch["r"] = torch.sigmoid(c.r_location + c.r_scale * torch.randn(m, generator=g))
     batch["n"] = torch.randn(c.corrections, *shape, generator=g)
@@ -1074,8 +1090,12 @@ class Regression(nn.Module):
         pairs = draw_noise(student.shape, student.num_classes, config, n, generator(config.seed, PAIRS))
         self.z, self.y, self.guidance = (v if v is None else v.to(student.pos_embed.device)
                                          for v in (pairs["z"], pairs["y"], pairs.get("guidance")))
-        u = guided(teacher, self.guidance, config.guidance_interval)
-        self.phi = solve_ode(u, self.z, 8, "rk4", self.y)
+        ends, size = [], max(1, config.eval_batch_size // m)  # groups at a time
+        for i in range(0, len(self.y), size):
+            z, y = self.z[i * m:(i + size) * m], self.y[i:i + size]
+            strength = None if self.guidance is None else self.guidance[i:i + size]
+            ends.append(solve_ode(guided(teacher, strength, config.guidance_interval), z, 8, "rk4", y))
+        self.phi = torch.cat(ends)
 
     def draw(self, step):
         g, n = generator(self.config.seed, STUDENT, step), self.config.batch_size // self.config.group_size
@@ -1133,6 +1153,7 @@ class TrainState:
         limit = self.config.clip
         return sum(nn.utils.clip_grad_norm_(self.parameters[name], limit) for name in self.networks)
 
+    @torch.no_grad()
     def update(self):
         """A step of the optimizers. ema becomes ema + (1 - decay) (weights - ema), with less decay at first,
         when it is near the first weights."""
@@ -1140,7 +1161,6 @@ class TrainState:
             optimizer.step()
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(self.parameters["ema"], self.parameters["model"], 1 - decay)
-        self.step += 1
 
     def set_learning_rates(self):
         """The peak, times a linear rise, times a linear fall that would reach 0 one step after the last."""
@@ -1212,11 +1232,12 @@ def train(module, draw, config, state=None):
     figures, state) after every step, counted from 1; state.ema is the averaged network.
     Every process draws the whole batch and takes its share; losses, gradients and figures are means over
     processes and micro-batches. Figures with the name of one of the module's own buffers are kept in it.
-    Raises UserError when a loss or a gradient is not finite, before it reaches the weights.
+    A step whose loss or gradient is not finite is left out, its figures are empty; ten of them in a row raise
+    UserError.
     """
     state = state or TrainState(module, config)
     device, pieces = next(module.parameters()).device, micro_batches(config, world_size())
-    parallel, buffers = module, dict(module.named_buffers(recurse=False))
+    parallel, buffers, left_out = module, dict(module.named_buffers(recurse=False)), 0
     if world_size() > 1:
         parallel = DistributedDataParallel(module, gradient_as_bucket_view=True)
     while state.step < config.steps:
@@ -1233,12 +1254,16 @@ def train(module, draw, config, state=None):
                 (loss / pieces).backward()
             sums.append(torch.stack([loss.detach(), *figures.values()]))
         loss, *means = mean_over_processes(torch.stack(sums).mean(0)).unbind()
-        norm = state.clip()
-        if not math.isfinite(loss.item() + norm.item()):
-            raise UserError(f"step {state.step + 1}: loss {loss:.3g}, gradient {norm:.3g}: not finite. "
-                            "The last checkpoint is good; start anew with a lower learning rate")
-        state.update()
-        figures = dict(zip(figures, means))
+        norm, figures = state.clip(), dict(zip(figures, means))
+        if math.isfinite(loss.item() + norm.item()):
+            left_out = 0
+            state.update()
+        else:  # another batch may do better; one like it would come again with --resume
+            left_out, figures = left_out + 1, {}
+            if left_out == 10:
+                raise UserError(f"step {state.step + 1}: loss {loss:.3g}, gradient {norm:.3g}: not finite, for "
+                                "the tenth step in a row. Start anew with a lower learning rate")
+        state.step += 1
         for name in buffers.keys() & figures.keys():
             buffers[name].copy_(figures[name])
         yield state.step, figures, state
@@ -1277,8 +1302,8 @@ def read_checkpoint(path, kind, form=""):
     except FileNotFoundError as e:
         raise UserError(f"there is no {path}: check the name, or train a {kind} first") from e
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as e:
-        raise UserError(f"{path} cannot be read: it is cut off, no checkpoint, or holds pickled objects, "
-                        f"which are never loaded; {advice}") from e
+        raise UserError(f"{path} cannot be read: it is cut off (if it was downloaded, delete it), no "
+                        f"checkpoint, or holds pickled objects, which are never loaded; {advice}") from e
     if kind == "teacher" and isinstance(checkpoint, dict) and "kind" not in checkpoint:
         checkpoint = from_public(checkpoint, path, form)
         sizes = {k: checkpoint["network"][k] for k in SIZES}
@@ -1384,7 +1409,7 @@ def run_stage(kind, module, draw, config, out, resume=None, score=None, **extra)
             done, measured = bool(stop) or step == config.steps, {}
             for name, value in figures.items():
                 sums.setdefault(name, []).append(value)
-            if score and writes and (done or step % config.eval_interval == 0):
+            if score and writes and not stop and (done or step % config.eval_interval == 0):
                 measured["endpoint_error"] = score(state.ema)
             if done or measured or step % config.log_interval == 0:
                 measured.update({name: torch.stack(values).mean().item() for name, values in sums.items()})
@@ -1396,8 +1421,9 @@ def run_stage(kind, module, draw, config, out, resume=None, score=None, **extra)
                 last = keep()
             bar.update()
             if stop:
+                launcher = f"torchrun --nproc_per_node={world_size()}" if world_size() > 1 else "python"
                 raise UserError(f"interrupted; {path} is saved at step {step} of {config.steps}. Go on with: "
-                                f"python fmd.py --out {out} --resume")
+                                f"{launcher} fmd.py --out {out} --resume")
     print(f"{kind}: {config.steps} steps in {last['seconds']:.1f} s, {path}")
     return last
 
@@ -1709,7 +1735,8 @@ def benchmark(start, config):
 
 def benchmark_step(start, config, flops, peak):
     """benchmark()'s table for one form of the prediction. flops: of a forward; peak: FLOP/s at the best."""
-    c, device, world = dataclasses.replace(config, steps=10**9), start.pos_embed.device, world_size()
+    c = dataclasses.replace(config, steps=10**9, method="prior")
+    device, world = start.pos_embed.device, world_size()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     distiller, pieces = make_distiller(start, c), micro_batches(c, world)
@@ -1959,7 +1986,7 @@ STAGE_FILES = {"all": ["teacher.pt", "student.pt"], "teacher": ["teacher.pt", "s
                "evaluate": ["metrics.json"], "search": ["search.json"], "benchmark": []}
 READING = ["sample", "evaluate", "search"]  # stages that read a student
 FREE = {"threads", "log_interval", "eval_interval", "checkpoint_interval", "eval_batch_size", "guidance",
-        "micro_batch_size", "activation_checkpointing", "compile"}
+        "score_labels", "micro_batch_size", "activation_checkpointing", "compile"}
 SHAPES = {"toy2d": ((2, 1, 1), 8), "mnist": ((1, 28, 28), 10), "cifar10": ((3, 32, 32), 10),
           "imagenet": ((4, 32, 32), 1000)}  # of samples, and the number of labels: what is benchmarked
 
@@ -2048,7 +2075,7 @@ def write_samples(student, config, out, n, classes=None, seed=0, vae=None, resum
         return None
     labels = torch.full((n,), student.num_classes) if y is None else y.cpu()
     save(out / "samples.npz", lambda p: write_npz(p, files, labels.numpy()))
-    x = torch.from_numpy(np.concatenate([np.load(file) for file in files[:8]]))
+    x = torch.from_numpy(np.concatenate([np.load(file) for file in files[:8 if is_plane(z) else 1]]))
     x = x[:, :, None, None] if x.ndim == 2 else x[:40].permute(0, 3, 1, 2)
     x = x / 127.5 - 1 if x.dtype == torch.uint8 else as_pictures(x)
     save_figure(plot_samples({"student": x}, {"student": f"{n} samples, 1 evaluation"}), out / "samples.png")
@@ -2115,6 +2142,8 @@ def pick_device(name):
     """The device of a name; auto is an accelerator if there is one. Raises UserError if it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if ":" in name and world_size() > 1:
+        raise UserError(f"--device {name}: give it without a number, each process has its own", 2)
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as e:
@@ -2160,6 +2189,8 @@ def run(args):
     reads_student = args.stage in READING
     if args.samples < 1:
         raise UserError(f"--samples {args.samples}: give at least 1", 2)
+    if args.resume and args.overwrite:
+        raise UserError("--resume and --overwrite contradict each other: leave one away", 2)
     if args.student and not reads_student or args.teacher and args.stage in ("teacher", "sample"):
         wrong = "--student" if args.student and not reads_student else "--teacher"
         raise UserError(f"{wrong}: --stage {args.stage} has no use for it, leave it away", 2)
@@ -2179,13 +2210,13 @@ def run(args):
 
 def check_folder(args, out):
     """Raises UserError if the stage would replace what is there."""
-    for name in STAGE_FILES[args.stage]:
+    for name in STAGE_FILES["distill" if args.teacher and args.stage == "all" else args.stage]:
         if (out / name).exists() and not args.resume and not args.overwrite:
             raise UserError(f"{out / name} is there already: --resume goes on with it, --overwrite replaces "
                             "it, another --out leaves it alone", 2)
 
 
-def teacher_path(args, out, student=None):
+def find_teacher(args, out, student=None):
     """--teacher, or where the student's checkpoint says it was, or in `out`, if the folder was moved."""
     recorded = Path(student["teacher"]) if student else out
     return Path(args.teacher or (recorded if recorded.is_file() else out / "teacher.pt"))
@@ -2201,13 +2232,13 @@ def run_student(args, given):
     is_latent = student.shape[0] == 4
     out.mkdir(parents=True, exist_ok=True)
     if args.stage == "sample":
-        config = settle({k: given[k] for k in given if k in FREE}, checkpoint["config"])
+        config = settle({k: v for k, v in given.items() if k != "seed"}, checkpoint["config"])
         settle_machine(config)
         vae = find_vae(args, device, wanted=True) if is_latent else None
         return write_samples(student, config, out, args.samples, args.classes, given.get("seed", 0), vae,
                              args.resume)
     config = settle(given, checkpoint["config"])
-    teacher, start = open_teacher(teacher_path(args, out, checkpoint), device, config.teacher_format)
+    teacher, start = open_teacher(find_teacher(args, out, checkpoint), device, config.teacher_format)
     settle_machine(config)
     if rank():
         return None
@@ -2223,14 +2254,12 @@ def run_training(args, given):
     file = args.teacher or (Path(args.out, "teacher.pt") if args.out and args.stage == "distill" else None)
     if file and "dataset" not in given and args.stage != "teacher":  # a teacher knows what it is of
         dataset = read_checkpoint(Path(file), "teacher", form)["config"].dataset
+    if args.quick and dataset == "imagenet":
+        raise UserError("--quick: ImageNet is not quick; give a smaller --hidden-size and --depth", 2)
     preset = {**PRESETS.get(dataset, {}), **(QUICK.get(dataset, {}) if args.quick else {})}
     config = Config(**{"dataset": dataset, **preset, **given})
     device, out = pick_device(args.device), pick_folder(args, dataset)
     check_folder(args, out)
-    if args.stage != "teacher":
-        micro_batches(config, world_size())  # refuses what cannot be dealt
-    if args.stage in ("all", "teacher") and not args.teacher:
-        micro_batches(stage_config("teacher", config), world_size(), "--teacher-batch-size")
     if args.stage == "benchmark":
         settle_machine(config)
         if args.teacher:
@@ -2243,8 +2272,9 @@ def run_training(args, given):
     # What is there already, and the settings to which it binds us.
     resume = {kind: read_checkpoint(out / f"{kind}.pt", kind)
               if args.resume and (out / f"{kind}.pt").exists() else None for kind in ("teacher", "student")}
-    teacher_file = teacher_path(args, out, resume["student"])
-    own_teacher = args.stage != "distill" and teacher_file.resolve() == (out / "teacher.pt").resolve()
+    teacher_file = find_teacher(args, out, resume["student"])
+    own_teacher = not args.teacher and args.stage != "distill" and (
+        teacher_file.resolve() == (out / "teacher.pt").resolve())
     if resume["student"]:
         config = settle(given, resume["student"]["config"], ["steps"])
         if resume["student"]["step"] == config.steps and (out / "metrics.json").exists():
@@ -2266,6 +2296,10 @@ def run_training(args, given):
             print(f"note: the training of {teacher_file} is unfinished")
     if is_latent and rank() == 0:
         vae = find_vae(args, device)  # before the training, lest it be missed after it
+    if args.stage != "teacher":
+        micro_batches(config, world_size())  # refuses what cannot be dealt
+    if own_teacher:
+        micro_batches(stage_config("teacher", config), world_size(), "--teacher-batch-size")
     settle_machine(config)
     wait_for_all()  # until all have seen what is there
     if rank() == 0:
@@ -2275,6 +2309,7 @@ def run_training(args, given):
     if own_teacher:
         teacher = train_teacher(data, config, out, device, resume["teacher"])
         start = load_network(DiT, teacher, teacher_file, device)
+        teacher = {"seconds": teacher["seconds"]}  # its optimizer is let go
     if args.stage == "teacher":
         return None
     checkpoint = train_student(start, config, out, teacher_file, resume["student"])
@@ -2319,8 +2354,7 @@ def main(argv=None):
         elif "out of memory" in str(e).lower() or "allocate memory" in str(e).lower():
             line = "out of memory: lower --micro-batch-size or --batch-size; --activation-checkpointing helps"
         elif world_size() > 1 and any(word in str(e).lower() for word in ("gloo", "nccl", "connection")):
-            line = (f"a process was lost ({type(e).__name__}): the last checkpoint is good, the same command "
-                    "with --resume goes on")
+            line = f"a process was lost; --resume goes on from the last checkpoint ({str(e)[:200]})"
         if rank() and isinstance(e, (UserError, KeyboardInterrupt)):
             return status  # process 0 says the same
         print("fmd:", f"process {rank()}: " * (rank() > 0) + " ".join(line.split()), file=sys.stderr)
