@@ -2498,6 +2498,8 @@ def test_bfloat16_is_near_float32_and_keeps_float32_weights(form, latent_start):
     error = torch.stack([(exact[0][k] - found[0][k]).norm() for k in exact[0]]).norm()
     total = torch.stack([exact[0][k].norm() for k in exact[0]]).norm()
     assert 1e-4 < error / total < 0.05
+    with torch.autocast("cpu", torch.bfloat16):
+        assert latent_start(torch.randn(2, 4, 4, 4), torch.ones(2)).dtype == torch.float32  # both ends are
     assert all(v.dtype == torch.float32 for v in found[1].values())
     with pytest.raises(fmd.UserError, match="difference"):
         fmd.Config(prediction="difference", precision="bfloat16")
