@@ -143,8 +143,6 @@ class Config:
     # student: correction [10, 11]
     correction_share: float = option(0.25, "of the batch; 0: predict only, 1: correct only", 0, 1)
     alpha: float = option(0.3, "lambda is alpha E||D_G|| / E||D_N||", 0)
-    balance: str = option("before", "||D_G|| in lambda: before its decay, or after, as it acts on F",
-                          choices=["before", "after"])
     critic_learning_rate: float = option(1e-4, "peak; the critic has to keep up with the student", 0)
     r_location: float = option(0.8, "r = sigmoid(N(r_location, r_scale^2)), in the correction")
     r_scale: float = option(1.0, "see r_location", 0)
@@ -993,10 +991,9 @@ class Distiller(nn.Module):
         c, u = self.config, guided(self.teacher, guidance, self.config.guidance_interval)
         D_G = prediction_gradient(self.network, u, z, delta, y, guidance, c.prediction, h, F)
         size = squared_norm(D_G)
-        # F less the average velocity to where the teacher's step ends is (h / delta) D_G
-        acting = decayed(expand(h / delta, D_G) * D_G if c.prediction == "step" else D_G, c)
-        norm = size if c.balance == "before" else squared_norm(acting)
-        return (F * acting).mean(), norm.sqrt().mean(), size.mean()
+        if c.prediction == "step":
+            D_G = expand(h / delta, D_G) * D_G  # F less the average velocity to where the teacher's step ends
+        return (F * decayed(D_G, c)).mean(), size.sqrt().mean(), size.mean()
 
     def correct(self, F, z, delta, y, guidance, r, n):
         x = (z + F).detach()  # f(z, 1), the student's samples
