@@ -100,6 +100,7 @@ class Config:
     # what to learn
     dataset: str = option("toy2d", "which preset", choices=["toy2d", "mnist", "cifar10", "imagenet"])
     toy: str = option("checkerboard", "checkerboard, gaussians, moons, spirals, rings, or a file POINTS.npy")
+    latents: str = option("", "ImageNet's latents, FILE.npy, to train a teacher, or for --encode to write")
     exact_teacher: bool = option(False, "distill the closed-form velocity of --toy gaussians")
     seed: int = option(0, "decides everything random", 0)
     # network: teacher, student and critic alike
@@ -194,6 +195,7 @@ class Config:
         need(self.prediction != "difference" or self.precision == "float32",
              "--prediction difference drowns in bfloat16's rounding: use jvp, step or --precision float32")
         need(not self.flip or self.dataset != "imagenet", "--flip: mirror pictures before they are encoded")
+        need(not self.latents or self.dataset == "imagenet", "--latents: they are for --dataset imagenet")
         need(self.guidance_min <= self.guidance_max, "--guidance-min is above --guidance-max: exchange them")
         need(self.guidance == 0 or self.guidance_min <= self.guidance <= self.guidance_max,
              f"--guidance {self.guidance}: the student is trained for strengths from {self.guidance_min} to "
@@ -482,15 +484,17 @@ def encode(folder, path, vae, seed=0, side=256, size=16, interval=100, resume=Fa
     print(f"{len(pictures)} latents of {len(pictures.classes)} classes are in {path}, labels beside it")
 
 
-def open_data(config, folder, latents=None):
+def open_data(config, folder):
     """The data of config.dataset, for the teacher. Raises UserError."""
-    if config.dataset == "imagenet" and not latents:
+    if config.dataset == "imagenet" and not config.latents:
         raise UserError("--dataset imagenet: give a --teacher to distill, a file of fmd, SiT or REPA or one "
                         f"of {', '.join(RELEASED)}; or --latents FILE.npy to train one", 2)
     if config.toy:
         data = ToyData(config.toy)
+    elif config.latents:
+        data = LatentData(config.latents)
     else:
-        data = LatentData(latents) if latents else PictureData(config.dataset, folder, config.flip)
+        data = PictureData(config.dataset, folder, config.flip)
     if data.shape[1] % config.patch_size:
         raise UserError(f"--patch-size {config.patch_size} does not divide the side {data.shape[1]}", 2)
     return data
@@ -1992,7 +1996,7 @@ STAGE_FILES = {"all": ["teacher.pt", "student.pt"], "teacher": ["teacher.pt", "s
                "evaluate": ["metrics.json"], "search": ["search.json"], "benchmark": []}
 READING = ["sample", "evaluate", "search"]  # stages that read a student
 FREE = {"threads", "log_interval", "eval_interval", "checkpoint_interval", "eval_batch_size", "guidance",
-        "score_labels", "micro_batch_size", "activation_checkpointing", "compile"}
+        "latents", "score_labels", "micro_batch_size", "activation_checkpointing", "compile"}
 SHAPES = {"toy2d": ((2, 1, 1), 8), "mnist": ((1, 28, 28), 10), "cifar10": ((3, 32, 32), 10),
           "imagenet": ((4, 32, 32), 1000)}  # of samples, and the number of labels: what is benchmarked
 
@@ -2121,7 +2125,6 @@ def make_parser():
     add("--overwrite", action="store_true", help="replace what an earlier run left in --out")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto)")
     add("--data", metavar="DIR", default="data", help="folder of MNIST and CIFAR-10 (default: data)")
-    add("--latents", metavar="FILE.npy", help="ImageNet's latents: trains a teacher; --encode writes it")
     add("--encode", metavar="DIR", help="make --latents of a folder of folders of pictures, one a class")
     add("--image-size", type=int, default=256, help="side to which --encode cuts pictures (default: 256)")
     add("--vae", help="autoencoder of latents, through diffusers: a name on its hub, a folder, or none, "
@@ -2201,13 +2204,13 @@ def run(args):
         wrong = "--student" if args.student and not reads_student else "--teacher"
         raise UserError(f"{wrong}: --stage {args.stage} has no use for it, leave it away", 2)
     if args.encode:
-        if not args.latents or args.image_size % 8 or args.image_size < 8:
+        if "latents" not in given or args.image_size % 8 or args.image_size < 8:
             raise UserError("--encode: name the file to be written by --latents FILE.npy; "
                             "--image-size is a multiple of 8", 2)
         if rank():
             return None  # one process encodes
         vae = find_vae(args, pick_device(args.device), wanted=True)
-        return encode(args.encode, Path(args.latents), vae, given.get("seed", 0), args.image_size,
+        return encode(args.encode, Path(given["latents"]), vae, given.get("seed", 0), args.image_size,
                       resume=args.resume, overwrite=args.overwrite)
     if args.teacher in RELEASED:
         args.teacher = released(args.teacher)
@@ -2260,11 +2263,16 @@ def run_training(args, given):
     file = args.teacher or (Path(args.out, "teacher.pt") if args.out and args.stage == "distill" else None)
     if file and "dataset" not in given and args.stage != "teacher":  # a teacher knows what it is of
         dataset = read_checkpoint(Path(file), "teacher", form)["config"].dataset
+    out = pick_folder(args, dataset)
+    resume = {kind: read_checkpoint(out / f"{kind}.pt", kind)
+              if args.resume and (out / f"{kind}.pt").exists() else None for kind in ("teacher", "student")}
+    for checkpoint in filter(None, resume.values()):  # and so does what goes on
+        dataset = given.get("dataset", checkpoint["config"].dataset)
     if args.quick and dataset == "imagenet":
         raise UserError("--quick: ImageNet is not quick; give a smaller --hidden-size and --depth", 2)
     preset = {**PRESETS.get(dataset, {}), **(QUICK.get(dataset, {}) if args.quick else {})}
     config = Config(**{"dataset": dataset, **preset, **given})
-    device, out = pick_device(args.device), pick_folder(args, dataset)
+    device = pick_device(args.device)
     check_folder(args, out)
     if args.stage == "benchmark":
         settle_machine(config)
@@ -2275,9 +2283,7 @@ def run_training(args, given):
             start = new_network(shape, classes, config).to(device).requires_grad_(False)
         return benchmark(start, config)
 
-    # What is there already, and the settings to which it binds us.
-    resume = {kind: read_checkpoint(out / f"{kind}.pt", kind)
-              if args.resume and (out / f"{kind}.pt").exists() else None for kind in ("teacher", "student")}
+    # what goes on must be what began
     teacher_file = find_teacher(args, out, resume["student"])
     own_teacher = not args.teacher and args.stage != "distill" and (
         teacher_file.resolve() == (out / "teacher.pt").resolve())
@@ -2290,7 +2296,7 @@ def run_training(args, given):
 
     vae = None
     if own_teacher:
-        data = open_data(config, args.data, args.latents)  # before anything is replaced
+        data = open_data(config, args.data)  # before anything is replaced
         is_latent = data.shape[0] == 4
     else:
         teacher, start = open_teacher(teacher_file, device, config.teacher_format)

@@ -1414,6 +1414,7 @@ BAD_COMMANDS = [
     (["--prediction", "difference", "--precision", "bfloat16"], "--precision float32"),
     (["--dataset", "imagenet", "--quick"], "--quick"),
     (["--resume", "--overwrite"], "contradict"),
+    (["--latents", "x.npy"], "--dataset imagenet"),
     (["--micro-batch-size", "3"], "--batch-size 256 cannot be dealt"),
     (["--teacher-batch-size", "8", "--micro-batch-size", "4"], "--micro-batch-size"),
     (["--teacher-format", "dit"], "sit, repa"),
@@ -2255,7 +2256,10 @@ def test_encoding_pictures(vae, photos, tmp_path, monkeypatch, capsys):
 
 def test_encoding_goes_on_where_it_stopped(vae, photos, tmp_path):
     network, _ = vae
+    shutil.copy(photos / "cats" / "0.png", photos / "dogs" / "1.png")
     fmd.encode(photos, tmp_path / "whole.npy", network, side=32, size=2)
+    x = np.load(tmp_path / "whole.npy")
+    assert 0.001 < np.abs(x[0] - x[4]).mean() < 1  # one picture, two samples of its posterior
     half, seen = network.encode, []
 
     def stopping(x):
@@ -2310,6 +2314,12 @@ def test_a_teacher_from_latents_and_its_student(vae, tmp_path, capsys):
     assert fmd.load_student(tmp_path / "out" / "student.pt").shape == (4, 8, 8)
     checkpoint = torch.load(tmp_path / "out" / "student.pt", weights_only=True)
     assert {v.dtype for v in checkpoint["ema"].values()} == {torch.float32}
+    run("--out", tmp_path / "out", "--resume", "--steps", "7")  # it knows its latents
+    moved = shutil.move(path, tmp_path / "moved.npy"), shutil.move(
+        tmp_path / "latents_labels.npy", tmp_path / "moved_labels.npy"
+    )
+    assert "latents.npy" in run("--out", tmp_path / "out", "--resume", "--steps", "8", status=1, capsys=capsys)
+    run("--out", tmp_path / "out", "--resume", "--steps", "8", "--latents", moved[0])
 
 
 def test_a_public_teacher_is_distilled_without_data_and_sampled(vae, tmp_path, monkeypatch, capsys):
@@ -2610,6 +2620,16 @@ def test_samples_are_the_same_whatever_the_number_of_processes(finished, tmp_pat
     a, b = (np.load(tmp_path / name / "samples.npz") for name in ("one", "two"))
     assert a["arr_0"].shape == (1700, 2) and np.array_equal(a["arr_0"], b["arr_0"])
     assert np.array_equal(a["arr_1"], b["arr_1"]) and done.stdout.count("1700 samples are in") == 1
+
+
+def test_each_process_draws_its_own_blocks(finished, tmp_path, monkeypatch):
+    for name, value in dict(rank=lambda: 1, world_size=lambda: 2, wait_for_all=lambda: None, SAMPLE_BLOCK=10).items():
+        monkeypatch.setattr(fmd, name, value)
+    (tmp_path / "samples.parts").mkdir()
+    student = fmd.load_student(finished / "student.pt")
+    fmd.write_samples(student, fmd.Config(score_labels=False), tmp_path, 35)
+    names = [p.name for p in sorted((tmp_path / "samples.parts").iterdir())]
+    assert names == ["000001.npy", "000003.npy"] and len(np.load(tmp_path / "samples.parts" / names[1])) == 5
 
 
 @pytest.mark.parametrize("form", ["step", "jvp", "difference"])
