@@ -380,9 +380,8 @@ def labels_beside(path):
 
 class LatentData(LabelledData):
     """ImageNet as encode() writes it: FILE.npy, latents (N, 4, S, S) in float16 or float32, which stay on the
-    disk, and FILE_labels.npy, (N,) whole numbers from 0 to 999. Raises UserError for anything else."""
-
-    num_classes = 1000
+    disk, and FILE_labels.npy, (N,) whole numbers from 0 to 999; the largest one there is the last label. Raises
+    UserError for anything else."""
 
     def __init__(self, path):
         beside = labels_beside(path)
@@ -394,12 +393,13 @@ class LatentData(LabelledData):
         if y.shape != (len(x),) or y.dtype.kind not in "iu" or not len(y) or y.min() < 0 or y.max() > 999:
             raise UserError(f"{beside} does not hold {len(x)} whole numbers from 0 to 999: give a label for "
                             f"each row of {path}")
-        self.x, self.shape = x, x.shape[1:]
+        self.x, self.shape, self.num_classes = x, x.shape[1:], int(y.max()) + 1
         self.sort(torch.as_tensor(y.astype(np.int64)))
         some = self.take(torch.linspace(0, len(x) - 1, min(len(x), 1000)).long())
         if not some.isfinite().all():
             raise UserError(f"{path} holds numbers that are not finite: encode it anew")
-        print(f"{path}: {len(x)} latents, standard deviation {some.std():.2f}; near 1 learns best")
+        print(f"{path}: {len(x)} latents, {self.num_classes} labels, standard deviation {some.std():.2f}; near "
+              "1 learns best")
 
     def take(self, indices, generator=None):
         return torch.from_numpy(self.x[indices.numpy()].astype(np.float32))
@@ -442,7 +442,7 @@ def encode(folder, path, vae, seed=0, side=256, size=16, interval=100, resume=Fa
         pictures = datasets.ImageFolder(folder, look)
     except (OSError, RuntimeError) as e:
         raise UserError(f"--encode {folder}: give a folder of folders of pictures, one a class ({e})") from e
-    if len(pictures.classes) > LatentData.num_classes:
+    if len(pictures.classes) > 1000:
         raise UserError(f"--encode {folder} has {len(pictures.classes)} classes: give 1000 at most")
     part, progress = path.with_suffix(".part.npy"), path.with_suffix(".part.txt")
     if (path.exists() or part.exists()) and not resume and not overwrite:

@@ -2163,6 +2163,7 @@ def test_latents_are_drawn_as_they_are(dtype, tmp_path, capsys):
     assert "standard deviation 1.0" in capsys.readouterr().out and isinstance(data.x, np.memmap)
     drawn, labels = data.draw(600, fmd.generator(0), 4)
     assert data.shape == (4, 8, 8) and drawn.shape == (600, 4, 8, 8) and drawn.dtype == torch.float32
+    assert data.num_classes == 3  # of what is there, so that a student is not asked for labels without pictures
     known = {row.astype(np.float32).tobytes(): label for row, label in zip(x, y)}
     assert [known[row.numpy().tobytes()] for row in drawn] == labels.repeat_interleave(4).tolist()
     assert len({row.numpy().tobytes() for row in drawn}) == 40
