@@ -380,7 +380,7 @@ def labels_beside(path):
 
 class LatentData(LabelledData):
     """ImageNet as encode() writes it: FILE.npy, latents (N, 4, S, S) in float16 or float32, which stay on the
-    disk, and FILE_labels.npy, (N,) whole numbers from 0 to 999; the largest one there is the last label. Raises
+    disk, and FILE_labels.npy, (N,) whole numbers from 0 to 999; the largest there is the last label. Raises
     UserError for anything else."""
 
     def __init__(self, path):
@@ -398,8 +398,8 @@ class LatentData(LabelledData):
         some = self.take(torch.linspace(0, len(x) - 1, min(len(x), 1000)).long())
         if not some.isfinite().all():
             raise UserError(f"{path} holds numbers that are not finite: encode it anew")
-        print(f"{path}: {len(x)} latents, {self.num_classes} labels, standard deviation {some.std():.2f}; near "
-              "1 learns best")
+        print(f"{path}: {len(x)} latents, {self.num_classes} labels, standard deviation {some.std():.2f}; "
+              "near 1 learns best")
 
     def take(self, indices, generator=None):
         return torch.from_numpy(self.x[indices.numpy()].astype(np.float32))
