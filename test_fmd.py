@@ -640,6 +640,7 @@ def test_regression_pairs_and_their_loss():
         decay=0.0,
         guidance_max=3.0,
         label_dropout=0.3,
+        eval_batch_size=8,  # pairs are solved in several calls
     )
     start = small().float()
     rival = fmd.make_distiller(start, config)
@@ -2675,3 +2676,15 @@ def test_benchmark_stage(tmp_path, monkeypatch, capsys):
             table = text.split(f"--prediction {form}")[1]
             assert int(re.search(r"the whole step\s+\S+\s+\S+\s+(\d+)", table)[1]) == total
     assert not list(tmp_path.glob("runs*"))
+    # each part's seconds stand in its own row
+    seconds = dict(forward=0.5, student=2.0, prediction=3.0, correction=4.0, update=5.0)
+    monkeypatch.setattr(
+        fmd, "seconds_of", lambda device, *calls: [seconds.get(call.__name__, 7.0) for call in calls]
+    )
+    run(*flags, *commands[0])
+    text = capsys.readouterr().out
+    rows = dict(re.findall(r"^(student|prediction|correction|optimizer|noise|the whole step) +(\S+)", text, re.M))
+    assert {k: float(v) for k, v in rows.items()} == {
+        "student": 2e3, "prediction": 3e3, "correction": 4e3, "optimizer": 5e3, "noise": 7e3, "the whole step": 7e3
+    }
+    assert "1.14 samples/s" in text and " 112.0" in text  # 8 / 7 s, and 7 s in forwards of 0.5 / 8
