@@ -2110,14 +2110,15 @@ def write_npz(path, files, labels):
 
 def make_parser():
     """The flags: those below, and one for every field of Config."""
-    examples = "\n".join(line for line in __doc__.splitlines() if line.startswith("    python"))
+    commands = "    python", "    torchrun"
+    examples = "\n".join(line for line in __doc__.splitlines() if line.startswith(commands))
     parser = argparse.ArgumentParser(
         "fmd.py", usage="python fmd.py [flags]", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Flow map distillation without data. Commands to paste:\n" + examples, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"fmd: {message}; python fmd.py --help lists the flags\n")
     add = parser.add_argument
     add("--stage", default="all", choices=list(STAGE_FILES), help="what to do (default: all)")
-    add("--teacher", metavar="FILE", help="distill this teacher, of fmd, SiT or REPA, not one of your own; "
+    add("--teacher", metavar="FILE", help="distill this teacher (fmd, SiT, REPA) instead of training one; "
         f"touches no data; {' and '.join(RELEASED)} are downloaded")
     add("--student", metavar="FILE", help="sample or evaluate this student")
     add("--out", metavar="DIR", help="folder of the run (default: the next free one of runs/DATASET, ...-2)")
@@ -2136,7 +2137,8 @@ def make_parser():
     add("--debug", action="store_true", help="show where an error comes from")
     add = parser.add_argument_group("configuration").add_argument
     for f in dataclasses.fields(Config):
-        defaults = [str(f.default), *(f"{name}: {p[f.name]}" for name, p in PRESETS.items() if f.name in p)]
+        others = (f"{name}: {str(p[f.name]) or 'none'}" for name, p in PRESETS.items() if f.name in p)
+        defaults = [str(f.default) or "none", *others]
         kind = dict(type=f.type, metavar=f.type.__name__.upper())
         if f.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
