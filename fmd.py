@@ -1723,6 +1723,7 @@ def benchmark(start, config):
     flops, network = counter.get_total_flops(), DiT.from_teacher(start)  # one that is trained
     with torch.autocast(device.type, torch.bfloat16, low):
         kept = saved_bytes(network, z, one) - saved_bytes(network, z[:1], one[:1])
+    del network
     depth, tokens, count = len(start.blocks), start.pos_embed[0], sum(p.numel() for p in start.parameters())
     few = depth * tokens.numel() * 4 + kept / depth  # the inputs of all blocks, and one block's share
     held = 4 * count * (6 + 4 * (config.corrections > 0))  # teacher, average; 4 for who learns

@@ -1283,7 +1283,9 @@ def test_a_teacher_that_lies_in_the_folder_is_distilled_not_replaced(finished, t
     shutil.copy(finished / "teacher.pt", tmp_path)
     before = (tmp_path / "teacher.pt").read_bytes()
     for overwrite in ([], ["--overwrite"]):
-        run("--teacher", tmp_path / "teacher.pt", "--out", tmp_path, *TINY, "--teacher-steps", "5", *overwrite)
+        run(
+            "--teacher", tmp_path / "teacher.pt", "--out", tmp_path, *TINY, "--teacher-steps", "5", *overwrite
+        )
         assert (tmp_path / "teacher.pt").read_bytes() == before
     assert_equal_runs(finished, tmp_path)
 
@@ -1577,7 +1579,10 @@ def test_pictures_of_a_toy_show_all_its_points(finished, tmp_path, monkeypatch):
         monkeypatch.setattr(fmd, name, lambda *a, name=name, plot=plot: seen.update({name: a}) or plot(*a))
     run("--stage", "evaluate", "--student", finished / "student.pt", "--out", tmp_path)
     for name in ("plot_paths", "animate_paths"):
-        assert [len(path) for path in seen[name]] == [9, 9] and [path.shape[1] for path in seen[name]] == [200, 200]
+        assert [len(path) for path in seen[name]] == [9, 9] and [path.shape[1] for path in seen[name]] == [
+            200,
+            200,
+        ]
     assert {k: len(x) for k, x in seen["plot_samples"][0].items()} == dict(data=200, teacher=200, student=200)
 
 
@@ -2012,7 +2017,11 @@ def test_quick_is_a_preset_that_flags_override(monkeypatch):
 
 def public_file(D=128, depth=2, outputs=4, side=4, qk_norm=None, blocks=None, seed=0):
     """Random tensors with the names and shapes of a SiT or REPA file; qk_norm: the size of a head."""
-    layers = {"t_embedder.mlp.0": (D, 256), "t_embedder.mlp.2": (D, D), "final_layer.linear": (4 * outputs, D)}
+    layers = {
+        "t_embedder.mlp.0": (D, 256),
+        "t_embedder.mlp.2": (D, D),
+        "final_layer.linear": (4 * outputs, D),
+    }
     layers |= {"final_layer.adaLN_modulation.1": (2 * D, D), "x_embedder.proj": (D, 4, 2, 2)}
     for i in range(depth):
         name = f"blocks.{i}" if blocks is None or i < blocks else f"decoder_blocks.{i - blocks}"
@@ -2051,7 +2060,9 @@ REPA_ARGS = argparse.Namespace(path_type="linear", prediction="v", qk_norm=True,
 
 
 def test_sit_s2_has_the_velocity_of_a_plain_implementation(tmp_path, capsys):
-    tensors = public_file(384, 12, outputs=8, side=16)  # S/2: time runs the other way, half of the output is unused
+    tensors = public_file(
+        384, 12, outputs=8, side=16
+    )  # S/2: time runs the other way, half of the output is unused
     torch.save(tensors, tmp_path / "a.pt")
     check_teacher(tmp_path / "a.pt", tensors, 12, 6, lambda plain, t: plain(1 - t)[:, :4])
     line = capsys.readouterr().out
@@ -2062,7 +2073,8 @@ def test_sit_s2_has_the_velocity_of_a_plain_implementation(tmp_path, capsys):
 def test_forms_of_a_sit_file(kind, tmp_path, capsys):
     tensors = public_file(outputs=8 if kind in ("bare", "script") else 4)
     file = {"bare": tensors, "told": tensors}.get(
-        kind, dict(model=public_file(seed=1), ema=tensors, opt={"state": {}, "param_groups": []}, args=SIT_ARGS)
+        kind,
+        dict(model=public_file(seed=1), ema=tensors, opt={"state": {}, "param_groups": []}, args=SIT_ARGS),
     )
     torch.save(file, tmp_path / "a.pt")
     form = "sit" if kind == "told" else ""
@@ -2092,7 +2104,9 @@ def public_damage(kind):
     if kind == "missing":
         return {k: v for k, v in tensors.items() if k != some}, [some]
     if kind == "missing last":
-        return {k: v for k, v in tensors.items() if k != "final_layer.linear.weight"}, ["final_layer.linear.weight"]
+        return {k: v for k, v in tensors.items() if k != "final_layer.linear.weight"}, [
+            "final_layer.linear.weight"
+        ]
     if kind == "left over":
         return {**tensors, "blocks.1.extra.weight": torch.ones(2)}, ["blocks.1.extra.weight"]
     if kind == "shape":
@@ -2111,14 +2125,33 @@ def public_damage(kind):
     return dict(ema=tensors, args=argparse.Namespace(**args)), ["noise" if kind == "noise" else "VP"]
 
 
-DAMAGES = ["missing", "missing last", "left over", "shape", "times", "no tensor", "other network", "silent", "both"]
+DAMAGES = [
+    "missing",
+    "missing last",
+    "left over",
+    "shape",
+    "times",
+    "no tensor",
+    "other network",
+    "silent",
+    "both",
+]
 
 
 @pytest.mark.parametrize("kind", [*DAMAGES, "noise", "path"])
 def test_public_files_that_are_refused(kind, tmp_path, capsys):
     file, hints = public_damage(kind)
     torch.save(file, tmp_path / "a.pt")
-    flags = ["--dataset", "imagenet", "--teacher", tmp_path / "a.pt", "--out", tmp_path / "out", "--device", "cpu"]
+    flags = [
+        "--dataset",
+        "imagenet",
+        "--teacher",
+        tmp_path / "a.pt",
+        "--out",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+    ]
     line = run(*flags, status=1, capsys=capsys)
     assert line.startswith("fmd: ") and all(hint in line for hint in [*hints, "a.pt"]), line
     assert not (tmp_path / "out").exists()
@@ -2135,7 +2168,9 @@ def test_released_teachers_are_downloaded_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     for _ in range(2):
         path = fmd.released("sit-xl/2-256")
-        assert fmd.load_teacher(path).num_classes == 1000 and len(calls) == 1 and calls[0].startswith("https://")
+        assert (
+            fmd.load_teacher(path).num_classes == 1000 and len(calls) == 1 and calls[0].startswith("https://")
+        )
 
     def offline(url, path):
         raise urllib.error.URLError("Name or service not known")
@@ -2164,13 +2199,17 @@ def test_latents_are_drawn_as_they_are(dtype, tmp_path, capsys):
     assert "standard deviation 1.0" in capsys.readouterr().out and isinstance(data.x, np.memmap)
     drawn, labels = data.draw(600, fmd.generator(0), 4)
     assert data.shape == (4, 8, 8) and drawn.shape == (600, 4, 8, 8) and drawn.dtype == torch.float32
-    assert data.num_classes == 3  # of what is there, so that a student is not asked for labels without pictures
+    assert (
+        data.num_classes == 3
+    )  # of what is there, so that a student is not asked for labels without pictures
     known = {row.astype(np.float32).tobytes(): label for row, label in zip(x, y)}
     assert [known[row.numpy().tobytes()] for row in drawn] == labels.repeat_interleave(4).tolist()
     assert len({row.numpy().tobytes() for row in drawn}) == 40
 
 
-@pytest.mark.parametrize("kind", ["shape", "channels", "dtype", "no labels", "range", "number", "float", "nan", "text"])
+@pytest.mark.parametrize(
+    "kind", ["shape", "channels", "dtype", "no labels", "range", "number", "float", "nan", "text"]
+)
 def test_latents_that_are_refused(kind, tmp_path, capsys):
     path, x, y = write_latents(tmp_path)
     beside = tmp_path / "latents_labels.npy"
@@ -2191,8 +2230,28 @@ def test_latents_that_are_refused(kind, tmp_path, capsys):
     assert line.startswith("fmd: ") and hint.get(kind, "0 to 999") in line and not (tmp_path / "out").exists()
 
 
-TINY_LATENTS = ["--hidden-size", "16", "--depth", "1", "--num-heads", "2", "--micro-batch-size", "0", "--steps", "6"]
-TINY_LATENTS += ["--batch-size", "8", "--teacher-batch-size", "8", "--teacher-steps", "4", "--eval-samples", "20"]
+TINY_LATENTS = [
+    "--hidden-size",
+    "16",
+    "--depth",
+    "1",
+    "--num-heads",
+    "2",
+    "--micro-batch-size",
+    "0",
+    "--steps",
+    "6",
+]
+TINY_LATENTS += [
+    "--batch-size",
+    "8",
+    "--teacher-batch-size",
+    "8",
+    "--teacher-steps",
+    "4",
+    "--eval-samples",
+    "20",
+]
 TINY_LATENTS += ["--eval-paths", "12", "--eval-batch-size", "10", "--solver-steps", "3", "--device", "cpu"]
 TINY_LATENTS += ["--log-interval", "1", "--checkpoint-interval", "2", "--warmup", "2"]
 TINY_DISTILL = TINY_LATENTS[6:]
@@ -2317,10 +2376,13 @@ def test_a_teacher_from_latents_and_its_student(vae, tmp_path, capsys):
     checkpoint = torch.load(tmp_path / "out" / "student.pt", weights_only=True)
     assert {v.dtype for v in checkpoint["ema"].values()} == {torch.float32}
     run("--out", tmp_path / "out", "--resume", "--steps", "7")  # it knows its latents
-    moved = shutil.move(path, tmp_path / "moved.npy"), shutil.move(
-        tmp_path / "latents_labels.npy", tmp_path / "moved_labels.npy"
+    moved = (
+        shutil.move(path, tmp_path / "moved.npy"),
+        shutil.move(tmp_path / "latents_labels.npy", tmp_path / "moved_labels.npy"),
     )
-    assert "latents.npy" in run("--out", tmp_path / "out", "--resume", "--steps", "8", status=1, capsys=capsys)
+    assert "latents.npy" in run(
+        "--out", tmp_path / "out", "--resume", "--steps", "8", status=1, capsys=capsys
+    )
     run("--out", tmp_path / "out", "--resume", "--steps", "8", "--latents", moved[0])
 
 
@@ -2333,17 +2395,35 @@ def test_a_public_teacher_is_distilled_without_data_and_sampled(vae, tmp_path, m
     assert metrics["teacher_seconds"] is None and metrics["config"]["hidden_size"] == 64
     assert {"comparison.png", "guidance.png", "paths.gif"} <= {p.name for p in out.iterdir()}
     # at the first step the student is the teacher: F(z, delta) = u(z, 1 - delta)
-    student, teacher = fmd.load_student(out / "student.pt"), fmd.load_teacher(tmp_path / "repa.pt", form="repa")
+    student, teacher = (
+        fmd.load_student(out / "student.pt"),
+        fmd.load_teacher(tmp_path / "repa.pt", form="repa"),
+    )
     z, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 999])
     with torch.no_grad():
-        change = (student(z, torch.ones(2), y) - teacher(z, torch.ones(2), y)).norm() / teacher(z, torch.ones(2)).norm()
+        change = (student(z, torch.ones(2), y) - teacher(z, torch.ones(2), y)).norm() / teacher(
+            z, torch.ones(2)
+        ).norm()
     assert 0 < change < 0.3
     run("--out", out, "--resume", "--steps", "7")  # the format comes from the student's own settings
     run("--stage", "evaluate", "--out", out, "--overwrite", "--vae", vae[1], "--device", "cpu")
 
     # samples: decoded into ADM's layout, labels balanced, resumed block by block
     monkeypatch.setattr(fmd, "SAMPLE_BLOCK", 4)
-    flags = ["--stage", "sample", "--out", out, "--samples", "10", "--seed", "3", "--guidance", "2", "--device", "cpu"]
+    flags = [
+        "--stage",
+        "sample",
+        "--out",
+        out,
+        "--samples",
+        "10",
+        "--seed",
+        "3",
+        "--guidance",
+        "2",
+        "--device",
+        "cpu",
+    ]
     run(*flags, "--vae", vae[1])
     found = np.load(out / "samples.npz")
     assert found["arr_0"].shape == (10, 64, 64, 3) and found["arr_0"].dtype == np.uint8
@@ -2359,7 +2439,9 @@ def test_a_public_teacher_is_distilled_without_data_and_sampled(vae, tmp_path, m
     raw = np.load(out / "samples.npz")
     assert raw["arr_0"].shape == (10, 8, 8, 4) and raw["arr_0"].dtype == np.float32
     assert raw["arr_1"].tolist() == [5, 6, 7, 5, 6, 7, 5, 6, 7, 5]
-    assert "0 to 999" in run(*flags, "--vae", "none", "--overwrite", "--classes", "1000", status=2, capsys=capsys)
+    assert "0 to 999" in run(
+        *flags, "--vae", "none", "--overwrite", "--classes", "1000", status=2, capsys=capsys
+    )
 
 
 def test_sampling_goes_on_where_it_stopped(finished, tmp_path, monkeypatch, capsys):
@@ -2415,9 +2497,18 @@ def test_micro_batches_are_as_few_as_fit_and_alike():
     assert count() == 1 and count(micro_batch_size=32) == 8 and count(8, micro_batch_size=32) == 1
     assert count(micro_batch_size=40) == 8  # 7 pieces would not be alike
     assert count(4, micro_batch_size=16) == 4 and count(micro_batch_size=32, group_size=8) == 8
-    assert count(2, correction_share=0.0, batch_size=6) == 1 and count(3, correction_share=1.0, batch_size=6) == 1
-    for world, settings, better in ((6, {}, 264), (1, dict(micro_batch_size=1), None), (3, dict(batch_size=4), 12)):
-        with pytest.raises(fmd.UserError, match=f"--batch-size {better}" if better else "micro-batch-size'") as e:
+    assert (
+        count(2, correction_share=0.0, batch_size=6) == 1
+        and count(3, correction_share=1.0, batch_size=6) == 1
+    )
+    for world, settings, better in (
+        (6, {}, 264),
+        (1, dict(micro_batch_size=1), None),
+        (3, dict(batch_size=4), 12),
+    ):
+        with pytest.raises(
+            fmd.UserError, match=f"--batch-size {better}" if better else "micro-batch-size'"
+        ) as e:
             count(world, **settings)
         assert e.value.args[1] == 2
         if better:
@@ -2434,7 +2525,9 @@ def distill_some(start, **settings):
     state = fmd.TrainState(module, config)
     state.fit_to_machine()
     gradients, lambdas = None, []
-    for _, figures, _ in fmd.train(module, lambda k: fmd.draw_prior(start.shape, 3, config, k), config, state):
+    for _, figures, _ in fmd.train(
+        module, lambda k: fmd.draw_prior(start.shape, 3, config, k), config, state
+    ):
         gradients = gradients or {k: p.grad.clone() for k, p in module.named_parameters() if p.requires_grad}
         lambdas.append(figures["lambda"].item())
     return gradients, {k: p.detach().clone() for k, p in module.named_parameters()}, lambdas, figures
@@ -2454,8 +2547,9 @@ def latent_start():
 @pytest.mark.parametrize("form", ["step", "jvp", "difference"])
 @pytest.mark.parametrize("settings", [dict(micro_batch_size=4), dict(activation_checkpointing=True)])
 def test_the_way_a_step_is_computed_changes_rounding_only(form, settings, latent_start):
-    whole, found = distill_some(latent_start, prediction=form), distill_some(
-        latent_start, prediction=form, **settings
+    whole, found = (
+        distill_some(latent_start, prediction=form),
+        distill_some(latent_start, prediction=form, **settings),
     )
     close(whole[0], found[0])
     close(whole[1], found[1])
@@ -2501,8 +2595,9 @@ def test_activation_checkpointing_runs_blocks_again(latent_start):
 
 @pytest.mark.parametrize("form", ["step", "jvp"])
 def test_bfloat16_is_near_float32_and_keeps_float32_weights(form, latent_start):
-    exact, found = distill_some(latent_start, prediction=form), distill_some(
-        latent_start, prediction=form, precision="bfloat16"
+    exact, found = (
+        distill_some(latent_start, prediction=form),
+        distill_some(latent_start, prediction=form, precision="bfloat16"),
     )
     error = torch.stack([(exact[0][k] - found[0][k]).norm() for k in exact[0]]).norm()
     total = torch.stack([exact[0][k].norm() for k in exact[0]]).norm()
@@ -2514,7 +2609,9 @@ def test_bfloat16_is_near_float32_and_keeps_float32_weights(form, latent_start):
         fmd.Config(prediction="difference", precision="bfloat16")
 
 
-@pytest.mark.skipif(not any(shutil.which(c) for c in ("g++", "clang++", "cl")), reason="compiling needs a compiler")
+@pytest.mark.skipif(
+    not any(shutil.which(c) for c in ("g++", "clang++", "cl")), reason="compiling needs a compiler"
+)
 def test_compiled_networks_agree(latent_start):
     plain = distill_some(latent_start, prediction="jvp")
     found = distill_some(latent_start, prediction="jvp", compile=True)
@@ -2533,7 +2630,9 @@ def torchrun(script, *args, processes=2):
 def adam_moments(path):
     """After one step: (1 - beta_1) times the gradients, clipped."""
     return {
-        f"{k}": v["exp_avg"] for k, v in torch.load(path, weights_only=True)["adamw"]["state"].items() if "exp_avg" in v
+        f"{k}": v["exp_avg"]
+        for k, v in torch.load(path, weights_only=True)["adamw"]["state"].items()
+        if "exp_avg" in v
     }
 
 
@@ -2590,7 +2689,11 @@ def test_a_lost_process_leaves_a_checkpoint_that_goes_on(parallel, tmp_path):
     out = tmp_path / "out"
     done = torchrun(script, *flags, "--out", out)
     assert done.returncode and torch.load(out / "student.pt", weights_only=True)["step"] == 4
-    assert "fmd: a process was lost" in done.stderr and "--resume" in done.stderr and not list(out.glob("*.part.*"))
+    assert (
+        "fmd: a process was lost" in done.stderr
+        and "--resume" in done.stderr
+        and not list(out.glob("*.part.*"))
+    )
     run(*flags, "--out", out, "--resume")  # one process goes on where two were
     close(weights(out / "student.pt"), weights(one / "student.pt"), 1e-3)
 
@@ -2615,7 +2718,16 @@ def test_an_interrupt_stops_all_processes_at_one_step(parallel, tmp_path):
 
 
 def test_samples_are_the_same_whatever_the_number_of_processes(finished, tmp_path):
-    flags = ["--stage", "sample", "--student", finished / "student.pt", "--samples", "1700", "--device", "cpu"]
+    flags = [
+        "--stage",
+        "sample",
+        "--student",
+        finished / "student.pt",
+        "--samples",
+        "1700",
+        "--device",
+        "cpu",
+    ]
     run(*flags, "--out", tmp_path / "one", "--threads", "1")
     done = torchrun(fmd.__file__, *flags, "--out", tmp_path / "two", "--threads", "1")
     assert done.returncode == 0, done.stderr
@@ -2625,7 +2737,9 @@ def test_samples_are_the_same_whatever_the_number_of_processes(finished, tmp_pat
 
 
 def test_each_process_draws_its_own_blocks(finished, tmp_path, monkeypatch):
-    for name, value in dict(rank=lambda: 1, world_size=lambda: 2, wait_for_all=lambda: None, SAMPLE_BLOCK=10).items():
+    for name, value in dict(
+        rank=lambda: 1, world_size=lambda: 2, wait_for_all=lambda: None, SAMPLE_BLOCK=10
+    ).items():
         monkeypatch.setattr(fmd, name, value)
     (tmp_path / "samples.parts").mkdir()
     student = fmd.load_student(finished / "student.pt")
@@ -2665,7 +2779,10 @@ def test_benchmark_stage(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.save(public_file(64, 1, outputs=8), "sit.pt")
     flags = ["--stage", "benchmark", "--batch-size", "8", "--device", "cpu"]
-    commands = [["--hidden-size", "16", "--depth", "1", "--group-size", "1"], ["--dataset", "imagenet", "--teacher", "sit.pt"]]
+    commands = [
+        ["--hidden-size", "16", "--depth", "1", "--group-size", "1"],
+        ["--dataset", "imagenet", "--teacher", "sit.pt"],
+    ]
     for command, refused in zip(commands, (False, True)):
         run(*flags, *command)
         text = capsys.readouterr().out
@@ -2683,8 +2800,15 @@ def test_benchmark_stage(tmp_path, monkeypatch, capsys):
     )
     run(*flags, *commands[0])
     text = capsys.readouterr().out
-    rows = dict(re.findall(r"^(student|prediction|correction|optimizer|noise|the whole step) +(\S+)", text, re.M))
+    rows = dict(
+        re.findall(r"^(student|prediction|correction|optimizer|noise|the whole step) +(\S+)", text, re.M)
+    )
     assert {k: float(v) for k, v in rows.items()} == {
-        "student": 2e3, "prediction": 3e3, "correction": 4e3, "optimizer": 5e3, "noise": 7e3, "the whole step": 7e3
+        "student": 2e3,
+        "prediction": 3e3,
+        "correction": 4e3,
+        "optimizer": 5e3,
+        "noise": 7e3,
+        "the whole step": 7e3,
     }
     assert "1.14 samples/s" in text and " 112.0" in text  # 8 / 7 s, and 7 s in forwards of 0.5 / 8
