@@ -1186,8 +1186,12 @@ class TrainState:
     def restore(self, checkpoint):
         """Undo checkpoint(). Raises KeyError, ValueError or RuntimeError for one of another module."""
         self.step = checkpoint["step"]
+        peaks = [group["peak"] for optimizer in self.optimizers.values() for group in optimizer.param_groups]
         for name, part in self.parts.items():
             part.load_state_dict(checkpoint[name])
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["peak"] = peaks.pop(0)  # which may be lower than those that were saved
         for name, buffer in self.module.named_buffers(recurse=False):
             buffer.copy_(checkpoint["buffers"][name])
 
@@ -1272,7 +1276,7 @@ def train(module, draw, config, state=None):
             left_out, figures = left_out + 1, {}
             if left_out == 10:
                 raise UserError(f"step {state.step + 1}: loss {loss:.3g}, gradient {norm:.3g}: not finite, "
-                                "the tenth in a row. Start anew with a lower learning rate")
+                                "the tenth in a row. --resume with a lower learning rate goes on")
         state.step += 1
         for name in buffers.keys() & figures.keys():
             buffers[name].copy_(figures[name])
@@ -1997,7 +2001,8 @@ STAGE_FILES = {"all": ["teacher.pt", "student.pt"], "teacher": ["teacher.pt", "s
                "evaluate": ["metrics.json"], "search": ["search.json"], "benchmark": []}
 READING = ["sample", "evaluate", "search"]  # stages that read a student
 FREE = {"threads", "log_interval", "eval_interval", "checkpoint_interval", "eval_batch_size", "guidance",
-        "latents", "score_labels", "micro_batch_size", "activation_checkpointing", "compile"}
+        "latents", "score_labels", "micro_batch_size", "activation_checkpointing", "compile",
+        "learning_rate", "critic_learning_rate", "teacher_learning_rate"}
 SHAPES = {"toy2d": ((2, 1, 1), 8), "mnist": ((1, 28, 28), 10), "cifar10": ((3, 32, 32), 10),
           "imagenet": ((4, 32, 32), 1000)}  # of samples, and the number of labels: what is benchmarked
 
@@ -2173,7 +2178,7 @@ def pick_folder(args, dataset):
 
 def settle(given, base, grows=()):
     """`base` with the flags that were given. What goes on must be what began: a flag that differs is refused,
-    unless it is FREE, which changes no training, or in `grows` and larger."""
+    unless it is FREE (changes no training, or is a learning rate), or in `grows` and larger."""
     for name, value in given.items():
         old = getattr(base, name)
         if value != old and name not in FREE and not (name in grows and value > old):

@@ -1209,6 +1209,18 @@ def test_a_killed_run_resumes_to_the_same_bits(finished, tmp_path):
     assert steps == [3, 6, 9, 12]
 
 
+def test_a_run_goes_on_with_a_lower_learning_rate(finished, tmp_path):
+    for name in ("teacher.pt", "student.pt"):
+        shutil.copy(finished / name, tmp_path)
+    run("--out", tmp_path, "--resume", "--steps", "16", "--learning-rate", "1e-9", "--critic-learning-rate", "0")
+    old, new = (weights(out / "student.pt") for out in (finished, tmp_path))
+    for name in old:
+        if not name.startswith("ema."):
+            torch.testing.assert_close(new[name], old[name], rtol=0, atol=1e-8)
+    checkpoint = torch.load(tmp_path / "student.pt", weights_only=True)
+    assert checkpoint["step"] == 16 and checkpoint["config"]["learning_rate"] == 1e-9
+
+
 def test_a_larger_number_of_steps_goes_on(finished, tmp_path):
     for name in ("teacher.pt", "student.pt", "metrics.json", "metrics.jsonl"):
         (tmp_path / name).write_bytes((finished / name).read_bytes())
