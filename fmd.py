@@ -217,9 +217,9 @@ class Config:
 
 
 # What differs from the defaults. Pictures: for GPUs, not run yet; imagenet is XL/2, its batch, decay and
-# correction_interval are the paper's, the rest is ours. label_dropout: a toy is scored without
-# labels, and with one label in ten dropped the unlabelled model would get a tenth of the training (README,
-# "Differences from the paper").
+# correction_interval are the paper's, the rest is ours. label_dropout: a toy is scored without labels, and
+# with one label in ten dropped the unlabelled model would get a tenth of the training (README, "Differences
+# from the paper").
 PICTURES = dict(toy="", guidance_max=4.0, guidance=2.0, correction_interval=(0.0, 0.7), patch_size=2,
                 hidden_size=384, depth=12, num_heads=6, ema_decay=0.999, teacher_learning_rate=3e-4,
                 eval_samples=5000, eval_paths=256, eval_batch_size=250, solver_steps=32,
@@ -1197,7 +1197,7 @@ class TrainState:
 
 
 def rank():
-    """The number of this process among those that torchrun started; 0, which writes and speaks, without."""
+    """The number of this process among those that torchrun started, otherwise 0, which writes the files."""
     return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
 
 
@@ -2059,7 +2059,8 @@ def write_samples(student, config, out, n, classes=None, seed=0, vae=None, resum
         y = torch.tensor([int(label) for label in wanted], device=student.pos_embed.device)
         y = y[torch.arange(n) % len(wanted)]
     parts, settings = out / "samples.parts", json.dumps(dict(
-        samples=n, classes=classes, seed=seed, guidance=config.strength, decoded=vae is not None,
+        samples=n, classes=classes, seed=seed, guidance=config.strength, labels=config.score_labels,
+        vae=vae and vae.config.get("_name_or_path"),
         student=zlib.crc32(student.final_layer.linear.weight.cpu().numpy().tobytes())))
     kept = parts / "settings.json"
     if resume and kept.exists() and kept.read_text() != settings:
@@ -2091,7 +2092,8 @@ def write_samples(student, config, out, n, classes=None, seed=0, vae=None, resum
         return None
     labels = torch.full((n,), student.num_classes) if y is None else y.cpu()
     save(out / "samples.npz", lambda p: write_npz(p, files, labels.numpy()))
-    x = torch.from_numpy(np.concatenate([np.load(file) for file in files[:8 if is_plane(z) else 1]]))
+    few = files[:8 if student.shape[1:] == (1, 1) else 1]
+    x = torch.from_numpy(np.concatenate([np.load(file) for file in few]))
     x = x[:, :, None, None] if x.ndim == 2 else x[:40].permute(0, 3, 1, 2)
     x = x / 127.5 - 1 if x.dtype == torch.uint8 else as_pictures(x)
     save_figure(plot_samples({"student": x}, {"student": f"{n} samples, 1 evaluation"}), out / "samples.png")

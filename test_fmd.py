@@ -2474,6 +2474,12 @@ def test_sampling_goes_on_where_it_stopped(finished, tmp_path, monkeypatch, caps
     assert "samples.parts" in run(*flags, "--out", tmp_path / "part", status=2, capsys=capsys)
     line = run(*flags, "--out", tmp_path / "part", "--resume", "--seed", 1, status=2, capsys=capsys)
     assert "other settings" in line
+    line = run(*flags, "--out", tmp_path / "part", "--resume", "--score-labels", status=2, capsys=capsys)
+    assert "other settings" in line
+    write = fmd.write_npz
+    monkeypatch.setattr(fmd, "write_npz", lambda *a: 1 / 0)  # stopped when all blocks are there
+    run(*flags, "--out", tmp_path / "part", "--resume", status=1)
+    monkeypatch.setattr(fmd, "write_npz", write)
     run(*flags, "--out", tmp_path / "part", "--resume")
     assert calls == [10, 10, 10, 10, 5]  # two blocks were kept
     a, b = (np.load(tmp_path / name / "samples.npz") for name in ("whole", "part"))
