@@ -1212,7 +1212,17 @@ def test_a_killed_run_resumes_to_the_same_bits(finished, tmp_path):
 def test_a_run_goes_on_with_a_lower_learning_rate(finished, tmp_path):
     for name in ("teacher.pt", "student.pt"):
         shutil.copy(finished / name, tmp_path)
-    run("--out", tmp_path, "--resume", "--steps", "16", "--learning-rate", "1e-9", "--critic-learning-rate", "0")
+    run(
+        "--out",
+        tmp_path,
+        "--resume",
+        "--steps",
+        "16",
+        "--learning-rate",
+        "1e-9",
+        "--critic-learning-rate",
+        "0",
+    )
     old, new = (weights(out / "student.pt") for out in (finished, tmp_path))
     for name in old:
         if not name.startswith("ema."):
