@@ -130,8 +130,8 @@ class Config:
     teacher_format: str = option("", "sit or repa, for a pretrained file that does not tell",
                                  choices=["", "sit", "repa"])
     # student: prediction [7, 8, 9]
-    method: str = option("prior", "prior: the paper's; regression: a rival, pairs of noise and endpoint",
-                         choices=["prior", "regression"])
+    method: str = option("prior", "prior: the paper's; two rivals: regression, on pairs of noise and end, "
+                         "and meanflow, on noised data", choices=["prior", "regression", "meanflow"])
     steps: int = option(3000, "training steps of the student", 1)
     batch_size: int = option(256, "samples a step of the student", 1)
     learning_rate: float = option(1e-4, "peak", 0)
@@ -189,11 +189,14 @@ class Config:
         for name in "batch_size", "teacher_batch_size":
             need(getattr(self, name) % self.group_size == 0,
                  f"{flag(name)} {getattr(self, name)}: give a multiple of --group-size {self.group_size}")
-        need(self.correction_share in (0, 1) or 0 < self.corrections < self.batch_size,
+        need(self.correction_share in (0, 1) or 0 < self.corrections < self.batch_size
+             or self.method == "meanflow",
              f"--batch-size {self.batch_size} cannot be split by --correction-share {self.correction_share} "
              f"into whole groups of --group-size {self.group_size}: give a larger batch")
         need(self.prediction != "difference" or self.precision == "float32",
              "--prediction difference drowns in bfloat16's rounding: use jvp, step or --precision float32")
+        need(self.method != "meanflow" or self.guidance_interval == (0.0, 1.0),
+             "--method meanflow: its steps would straddle the ends of a --guidance-interval: leave it away")
         need(not self.flip or self.dataset != "imagenet", "--flip: mirror pictures before they are encoded")
         need(not self.latents or self.dataset == "imagenet", "--latents: they are for --dataset imagenet")
         need(self.guidance_min <= self.guidance_max, "--guidance-min is above --guidance-max: exchange them")
@@ -203,8 +206,9 @@ class Config:
 
     @property
     def corrections(self):
-        """How many samples of a batch go to the correction: whole groups."""
-        return round(self.batch_size * self.correction_share / self.group_size) * self.group_size
+        """How many samples of a batch go to the correction: whole groups; none of meanflow's."""
+        share = 0 if self.method == "meanflow" else self.correction_share
+        return round(self.batch_size * share / self.group_size) * self.group_size
 
     @property
     def is_guided(self):
@@ -604,22 +608,24 @@ class DiT(nn.Module):
     """A velocity network u(x, t | y), and with guidance=True u(x, t | y, strength).
 
     forward: x (B, C, H, W); t (G,) in [0, 1]; y (G,) or None, the null label; guidance (G,) or None, strength
-    1 -> (B, C, H, W). Raises ValueError for guidance without an input for it.
+    1 -> (B, C, H, W). start=True gives it a second time, (G,) or None, 1: see FlowMap. Raises ValueError for
+    guidance or start without an input for it.
     """
 
     def __init__(self, input_size=1, in_channels=2, num_classes=8, hidden_size=64, depth=3, num_heads=1,
-                 patch_size=1, qk_norm=False, guidance=False):
+                 patch_size=1, qk_norm=False, guidance=False, start=False):
         super().__init__()
         D, p = hidden_size, patch_size
         self.settings = dict(input_size=input_size, in_channels=in_channels, num_classes=num_classes,
                              hidden_size=D, depth=depth, num_heads=num_heads, patch_size=p, qk_norm=qk_norm,
-                             guidance=guidance)
+                             guidance=guidance, start=start)
         self.shape, self.num_classes, self.patch_size = (in_channels, input_size, input_size), num_classes, p
         self.x_embedder = named(proj=nn.Conv2d(in_channels, D, p, stride=p))
         self.register_buffer("pos_embed", position_embedding(D, input_size // p))
         self.t_embedder = Embedder(D)
         self.y_embedder = named(embedding_table=nn.Embedding(num_classes + 1, D))
         self.guidance_embedder = Embedder(D) if guidance else None
+        self.start_embedder = Embedder(D) if start else None
         self.blocks = nn.ModuleList(Block(D, num_heads, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(D, p * p * in_channels)
         self.activation_checkpointing = False
@@ -635,8 +641,8 @@ class DiT(nn.Module):
                 nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
             elif parameter.ndim == 2:
                 nn.init.xavier_uniform_(parameter)
-        if self.guidance_embedder:
-            nn.init.zeros_(self.guidance_embedder.mlp[2].weight)  # so that from_teacher begins as the teacher
+        for embedder in filter(None, [self.guidance_embedder, self.start_embedder]):
+            nn.init.zeros_(embedder.mlp[2].weight)  # so that from_teacher begins as the teacher
 
     @classmethod
     def from_tensors(cls, settings, tensors):
@@ -648,22 +654,27 @@ class DiT(nn.Module):
         return network
 
     @classmethod
-    def from_teacher(cls, teacher, guidance=False):
-        """A network of this class with the teacher's weights; an input for guidance changes nothing yet."""
+    def from_teacher(cls, teacher, guidance=False, start=False):
+        """A network of this class with the teacher's weights; inputs for guidance and start change nothing
+        yet."""
         tensors = teacher.state_dict()
-        for name in [k for k in tensors if k.startswith("t_embedder.")] if guidance else []:
-            # begins as that of the times, not at random, but for the output, which begins at zero
-            start = tensors[name] if ".mlp.0." in name else torch.zeros_like(tensors[name])
-            tensors.setdefault(name.replace("t_embedder", "guidance_embedder"), start)
-        return cls.from_tensors({**teacher.settings, "guidance": guidance}, tensors)
+        of_time = [k for k in tensors if k.startswith("t_embedder.")]
+        for extra in ["guidance"] * guidance + ["start"] * start:
+            for name in of_time:
+                # begins as that of the times, not at random, but for the output, which begins at zero
+                first = tensors[name] if ".mlp.0." in name else torch.zeros_like(tensors[name])
+                tensors.setdefault(name.replace("t_embedder", f"{extra}_embedder"), first)
+        return cls.from_tensors({**teacher.settings, "guidance": guidance, "start": start}, tensors)
 
-    def forward(self, x, t, y=None, guidance=None):
+    def forward(self, x, t, y=None, guidance=None, start=None):
         c = self.t_embedder(t)
         c = c + self.y_embedder(torch.full_like(t, self.num_classes, dtype=torch.int64) if y is None else y)
-        if self.guidance_embedder is not None:
-            c = c + self.guidance_embedder(torch.ones_like(t) if guidance is None else guidance)
-        elif guidance is not None:
-            raise ValueError("this network has no input for guidance: train it with guidance_max above 1")
+        for embedder, v in (self.guidance_embedder, guidance), (self.start_embedder, start):
+            if embedder is not None:
+                c = c + embedder(torch.ones_like(t) if v is None else v)
+            elif v is not None:
+                raise ValueError("this network has no input for guidance or start: build it with one, by "
+                                 "guidance_max above 1 or method meanflow")
         (C, H, W), p = self.shape, self.patch_size
         x = x.reshape(-1, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(len(x), -1, C * p * p)
         proj = self.x_embedder.proj  # a convolution by name and shape, a matrix by what it does
@@ -722,7 +733,7 @@ class ExactTeacher(nn.Module):
         super().__init__()
         self.register_buffer("means", torch.as_tensor(means, dtype=torch.float32))
         self.register_buffer("stds", torch.as_tensor(stds, dtype=torch.float32))
-        self.num_classes = len(self.means)
+        self.num_classes, self.shape = len(self.means), (self.means.shape[-1], 1, 1)
         if self.stds.shape != (self.num_classes,) or (self.stds <= 0).any():
             raise ValueError("ExactTeacher needs means (K, d) and K positive standard deviations")
 
@@ -739,6 +750,13 @@ class ExactTeacher(nn.Module):
         slope = ((1 - t) * self.stds**2 - t) / variance  # E[x - n | x_t, k] = mu_k + slope offset
         velocity = self.means + slope[..., None] * offset  # (B, K, d)
         return (log_weight.softmax(1)[..., None] * velocity).sum(1).view_as(x)
+
+    def draw(self, n, generator, group=1):
+        """Its data: points (n, d, 1, 1), and labels as ToyData draws them."""
+        y = torch.randint(self.num_classes, (n // group,), generator=generator).to(self.means.device)
+        k = y.repeat_interleave(group)
+        noise = torch.randn(n, *self.shape, generator=generator).to(self.means)
+        return self.means[k, :, None, None] + self.stds[k, None, None, None] * noise, y
 
 
 def guided(teacher, guidance, interval=(0.0, 1.0)):
@@ -892,15 +910,16 @@ def from_public(file, path, form=""):
 class FlowMap(DiT):
     """The student: a DiT read as the average velocity F(z, delta) between the prior and t = 1 - delta.
 
-    With the teacher's weights it begins as F(z, delta) = u(z, 1 - delta).
+    With the teacher's weights it begins as F(z, delta) = u(z, 1 - delta). Only a rival's paths, MeanFlow's,
+    begin elsewhere than in the prior: there z is a state at the time `start`.
     """
 
-    def forward(self, z, delta, y=None, guidance=None):
-        return super().forward(z, 1 - delta, y, guidance)
+    def forward(self, z, delta, y=None, guidance=None, start=None):
+        return super().forward(z, (1 if start is None else start) - delta, y, guidance, start)
 
-    def map(self, z, delta, y=None, guidance=None):
+    def map(self, z, delta, y=None, guidance=None, start=None):
         """f(z, delta) = z + delta F(z, delta); f(z, 0) = z whatever the weights."""
-        return z + expand(delta, z) * self(z, delta, y, guidance)
+        return z + expand(delta, z) * self(z, delta, y, guidance, start)
 
 
 def squared_norm(D):
@@ -957,7 +976,7 @@ class Distiller(nn.Module):
 
     student: FlowMap; critic: DiT, which learns v_N online; teacher: called as u(x, t, y), never changed.
     lambda follows ||D_G|| before its decay, so that the correction fades as the prediction succeeds.
-    batch: what draw_prior makes, first the samples that predict and then those that correct.
+    draw(step) -> batch, what draw_prior makes: first the samples that predict and then those that correct.
     """
 
     def __init__(self, student, critic, teacher, config):
@@ -984,6 +1003,9 @@ class Distiller(nn.Module):
             loss = loss + balance * correction + critic
             figures.update({"critic": critic.detach(), "lambda": balance})
         return loss, figures
+
+    def draw(self, step):
+        return draw_prior(self.network.shape, self.network.num_classes, self.config, step)
 
     @staticmethod
     def halves(F, inputs, split):
@@ -1019,11 +1041,16 @@ def make_teacher(start, config, strength=None):
     return guided(teacher.to(start.pos_embed.device), strength, config.guidance_interval)
 
 
-def make_distiller(start, config):
-    """The loss of config.method. Student and critic begin with the weights of `start`."""
-    teacher, student = make_teacher(start, config), FlowMap.from_teacher(start, config.is_guided)
+def make_distiller(start, config, data=None):
+    """The loss of config.method. Student and critic begin with the weights of `start`; only meanflow needs
+    data."""
+    is_rival = config.method == "meanflow"
+    teacher = make_teacher(start, config)
+    student = FlowMap.from_teacher(start, config.is_guided, start=is_rival)
     if config.method == "regression":
         return Regression(student, teacher, config)
+    if is_rival:
+        return MeanFlow(student, teacher, data, config).to(start.pos_embed.device)
     critic = DiT.from_teacher(start, config.is_guided) if config.corrections else None
     return Distiller(student, critic, teacher, config).to(start.pos_embed.device)
 
@@ -1118,6 +1145,71 @@ class Regression(nn.Module):
         F = self.network(z, torch.ones(len(groups), device=z.device), self.y[groups], guidance)
         D = F.detach() - (phi - z)
         return (F * decayed(D, self.config)).mean(), {"prediction": squared_norm(D).mean()}
+
+
+@torch.no_grad()
+def meanflow_gradient(student, u, x, delta, start, y=None, guidance=None, form="jvp", h=0.005, F=None):
+    """D = F + delta dF - u(x, start) of the MeanFlow identity (arXiv 2505.13447), at states x of the times
+    `start`, (B,). Unlike in D_G [9] the end of a path is held while its start moves, and x with it: dF is the
+    derivative along (-u, 1, 1) in (x, delta, start); and u is asked at x, which is given, not at f.
+
+    Arguments, forms and errors as in prediction_gradient.
+    """
+    F = student(x, delta, y, guidance, start) if F is None else F
+    h = torch.as_tensor(h, device=x.device).expand_as(delta)
+    if form == "step":
+        rest = student.map(ode_step(u, x, start, h, "rk4", y), delta - h, y, guidance, start - h)
+        return (x + expand(delta, x) * F - rest) / expand(h, x)
+    v, one = u(x, start, y), torch.ones_like(delta)
+
+    def at(x, delta, start):
+        return student(x, delta, y, guidance, start)
+
+    if form == "jvp":
+        with sdpa_kernel(SDPBackend.MATH):
+            dF = torch.func.jvp(at, (x, delta, start), (-v, one, one))[1]
+    elif form == "difference":
+        move = expand(h, x) * v
+        dF = (at(x - move, delta + h, start + h) - at(x + move, delta - h, start - h)) / expand(2 * h, x)
+    else:
+        raise ValueError(f"unknown form {form}: choose from jvp, difference, step")
+    return F + expand(delta, x) * dF - v
+
+
+class MeanFlow(nn.Module):
+    """A rival that needs data: the MeanFlow identity of the teacher's paths at noised data. It is right where
+    it looks; where the teacher goes it looks only if the data is what the teacher generates.
+    forward(batch) -> loss, figures; draw(step) -> batch."""
+
+    def __init__(self, student, teacher, data, config):
+        super().__init__()
+        self.network, self.teacher, self.data, self.config = student, teacher, data, config
+
+    def draw(self, step):
+        c, g, null = self.config, generator(self.config.seed, STUDENT, step), self.data.num_classes
+        batch = draw_noise(self.data.shape, null, c, c.batch_size, g)
+        batch["x"], y = self.data.draw(c.batch_size, g, c.group_size)
+        batch["y"] = torch.where(batch["y"] == null, null, y)
+        n = len(y)
+        end = ((torch.arange(n) + torch.rand(n, generator=g)) / n) ** c.delta_power  # as in draw_prior
+        start = end + (1 - end) * torch.rand(n, generator=g)
+        batch["delta"] = (start - end).clamp(min=1e-3)
+        batch["start"], batch["h"] = end + batch["delta"], torch.full_like(end, c.difference_size)
+        if c.prediction == "step":
+            longest = c.step_size * (0.5 + 0.5 * torch.rand(n, generator=g))
+            batch["h"] = torch.minimum(longest, batch["delta"])
+        return batch
+
+    def forward(self, batch):
+        c, delta, start, y, guidance = self.config, *(
+            batch.get(name) for name in ("delta", "start", "y", "guidance"))
+        x = noised(batch["x"], batch["z"], start)
+        F, u = self.network(x, delta, y, guidance, start), guided(self.teacher, guidance)
+        D = meanflow_gradient(self.network, u, x, delta, start, y, guidance, c.prediction, batch["h"], F)
+        size = squared_norm(D).mean()
+        if c.prediction == "step":
+            D = expand(batch["h"] / delta, D) * D
+        return (F * decayed(D, c)).mean(), {"prediction": size}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1503,10 +1595,12 @@ def search_noise(student, reward, n, y=None, guidance=None, generator=None, keep
     return z[reward(jump(student, z, y, guidance)).topk(keep).indices]
 
 
-def search(student, start, config, out, name, trials=64, budgets=(1, 2, 3, 5, 9)):
+def search_table(student, start, config, reward, trials=64, budgets=(1, 2, 3, 5, 9)):
     """Reward against evaluations: the noise that the student ranked first, given to the teacher, beside the
-    best of as many samples of the teacher as cost the same. A table, search.json and search.png."""
-    c, reward, steps = config, REWARDS[name], 16
+    best of as many samples of the teacher as cost the same. reward: see search_noise. Returns the correlation
+    of student's and teacher's rewards of the same noises, and a dict for each budget, which is counted in
+    samples of the teacher. Raises UserError if the reward is the same for all samples."""
+    c, steps = config, 16
     labels, strength = conditions(start, c, trials)
     u = make_teacher(start, c, strength)
     cost, g = steps * EVALUATIONS["heun"] * (1 + c.is_guided), generator(c.seed, SEARCH)
@@ -1520,7 +1614,7 @@ def search(student, start, config, out, name, trials=64, budgets=(1, 2, 3, 5, 9)
     y = None if labels is None else labels.repeat_interleave(most)
     rewards = reward(ends(z, y)).view(trials, most)
     if rewards.std() == 0:
-        raise UserError(f"--reward {name} is the same for all samples of this teacher: choose another", 2)
+        raise UserError("this reward is the same for all samples of this teacher: choose another --reward", 2)
     guesses = reward(batched(lambda z, y: jump(student, z, y, strength), z, y))
     same = torch.corrcoef(torch.stack([guesses, rewards.flatten()]))[0, 1].item()
     table = []
@@ -1534,6 +1628,12 @@ def search(student, start, config, out, name, trials=64, budgets=(1, 2, 3, 5, 9)
         table.append(dict(evaluations=k * cost, **{
             f"{kind}{what}": value for kind, v in (("student", ranked), ("teacher", plain))
             for what, value in (("", v.mean().item()), ("_error", v.std().item() / trials**0.5))}))
+    return same, table
+
+
+def search(student, start, config, out, name, trials=64):
+    """search_table() for one of REWARDS, printed, and as search.json and search.png."""
+    same, table = search_table(student, start, config, REWARDS[name], trials)
     print(f"reward '{name}', {trials} trials; student and teacher, same noises, correlate by {same:.3f}\n"
           "evaluations   ranked by the student, drawn by the teacher   best of the teacher's")
     for row in table:
@@ -1541,7 +1641,7 @@ def search(student, start, config, out, name, trials=64, budgets=(1, 2, 3, 5, 9)
               f"   {row['teacher']:31.3f} ± {row['teacher_error']:.3f}")
     save_figure(plot_search(table, name), out / "search.png")
     save(out / "search.json", lambda p: p.write_text(json.dumps(
-        dict(reward=name, trials=trials, correlation=same, table=table, seed=c.seed), indent=1) + "\n"))
+        dict(reward=name, trials=trials, correlation=same, table=table, seed=config.seed), indent=1) + "\n"))
 
 
 def relative_error(found, truth, reference=None):
@@ -1755,9 +1855,8 @@ def benchmark_step(start, config, flops, peak):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     distiller, pieces = make_distiller(start, c), micro_batches(c, world)
-    state = TrainState(distiller, c)
+    state, draw = TrainState(distiller, c), distiller.draw
     state.fit_to_machine()
-    draw = functools.partial(draw_prior, start.shape, start.num_classes, c)
     steps = train(distiller, draw, c, state)
     batch = {k: v.to(device) for k, v in share(draw(0), 0, world * pieces).items()}  # the parts: of one piece
     inputs, autocast = [batch.get(k) for k in ("z", "delta", "y", "guidance")], functools.partial(
@@ -2021,9 +2120,10 @@ def train_teacher(data, config, out, device, resume=None):
     return run_stage("teacher", FlowMatching(network), draw, config, out, resume)
 
 
-def train_student(start, config, out, teacher_file, resume=None):
-    """Stage 2: distillation of `start` (or its closed form) from the prior alone. Returns the checkpoint."""
-    c, distiller, n = config, make_distiller(start, config), max(2, config.eval_paths // 2)
+def train_student(start, config, out, teacher_file, resume=None, data=None):
+    """Stage 2: distillation of `start` (or its closed form), from the prior alone unless the method is
+    meanflow, which needs data. Returns the checkpoint."""
+    c, distiller, n = config, make_distiller(start, config, data), max(2, config.eval_paths // 2)
     z = draw_z(start, n, generator(c.seed, EVALUATION, 0))
     y, strength = conditions(start, c, n)
     u = make_teacher(start, c, strength)
@@ -2032,11 +2132,8 @@ def train_student(start, config, out, teacher_file, resume=None):
     def score(student):
         return relative_error(jump(student, z, y, strength), phi)
 
-    draw = functools.partial(draw_prior, start.shape, start.num_classes, c)
-    if c.method == "regression":
-        draw = distiller.draw
     teacher = str(teacher_file.resolve())
-    return run_stage("student", distiller, draw, c, out, resume, score, teacher=teacher)
+    return run_stage("student", distiller, distiller.draw, c, out, resume, score, teacher=teacher)
 
 
 SAMPLE_BLOCK = 500  # samples that one process draws in one go, from a noise of their own, into a file
@@ -2316,6 +2413,12 @@ def run_training(args, given):
         config = dataclasses.replace(config, **{k: getattr(teacher["config"], k) for k in names})
         if teacher["step"] < teacher["config"].teacher_steps:
             print(f"note: the training of {teacher_file} is unfinished")
+        if config.method == "meanflow":
+            data = open_data(config, args.data)
+            if (data.shape, data.num_classes) != (start.shape, start.num_classes):
+                raise UserError(f"--method meanflow: data {tuple(data.shape)} with {data.num_classes} labels "
+                                f"does not suit a teacher of {start.shape} with {start.num_classes}: give "
+                                "its own")
     if is_latent and rank() == 0:
         vae = find_vae(args, device)  # before the training, lest it be missed after it
     if args.stage != "teacher":
@@ -2334,7 +2437,7 @@ def run_training(args, given):
         teacher = {"seconds": teacher["seconds"]}  # its optimizer is let go
     if args.stage == "teacher":
         return None
-    checkpoint = train_student(start, config, out, teacher_file, resume["student"])
+    checkpoint = train_student(start, config, out, teacher_file, resume["student"], data)
     if rank():
         return None
     student = load_network(FlowMap, checkpoint, out / "student.pt", device)

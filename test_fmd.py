@@ -161,6 +161,37 @@ def test_prediction_gradient_of_a_shifted_map(form, h, tolerance):
     assert (D_G[delta < 0.5] > 0).all()
 
 
+class TwoTimeGaussianMap(GaussianMap):
+    """The exact map of N(MU, S^2) from a state at any time to an earlier one."""
+
+    def forward(self, x, delta, y=None, guidance=None, start=None):
+        start = torch.ones_like(delta) if start is None else start
+        here, there = (((1 - t) ** 2 * S**2 + t**2).sqrt() for t in (start, start - delta))
+        offset = x - column(1 - start) * MU[:, None, None]
+        # (there - here) / delta without the division by a small number
+        ratio = ((1 - start + 1 - start + delta) * S**2 - (2 * start - delta)) / (there + here)
+        return MU[:, None, None] + self.shift + column(ratio / here) * offset
+
+    def map(self, x, delta, y=None, guidance=None, start=None):
+        return x + column(delta) * self(x, delta, start=start)
+
+
+@pytest.mark.parametrize(
+    "form, h, tolerance", [("jvp", 0.1, 1e-12), ("difference", 1e-4, 1e-6), ("step", 1e-3, 1e-5)]
+)
+def test_meanflow_gradient_vanishes_at_the_exact_flow_map_wherever_the_states_are(form, h, tolerance):
+    x, start = 3 * noise(64, 2, 1, 1) + 1, times(64, low=0.2)
+    delta = start * times(64, seed=1)
+    x, shape = x.double(), dict(form=form, h=h)
+    student = TwoTimeGaussianMap()
+    torch.testing.assert_close(student(x, delta), GaussianMap()(x, delta))  # from the prior
+    D = fmd.meanflow_gradient(student, gaussian_teacher(), x, delta, start, **shape)
+    assert D.abs().max() < tolerance
+    # a shift b of F: delta b is carried along the path, no more and no less, so that D = b (1 + delta d 1/ddelta)
+    D = fmd.meanflow_gradient(TwoTimeGaussianMap(0.3), gaussian_teacher(), x, delta, start, **shape)
+    torch.testing.assert_close(D, torch.full_like(D, 0.3), atol=10 * tolerance, rtol=0)
+
+
 def test_correction_gradient_is_zero_at_the_truth_and_points_away_from_it():
     x_r, r, b = noise(64, 2, 1, 1), times(64), 0.3
     u = gaussian_teacher()
@@ -266,6 +297,17 @@ def test_exact_teacher_refuses_points():
         fmd.ExactTeacher([[0.0, 0.0]], [0.0])
     with pytest.raises(ValueError):
         fmd.ExactTeacher([[0.0, 0.0]], [1.0, 1.0])
+
+
+def test_exact_teacher_draws_what_it_describes():
+    teacher = fmd.ExactTeacher([[1.0, 0.0, -2.0], [0.0, 3.0, 1.0]], [0.5, 0.1])
+    x, y = teacher.draw(8000, torch.Generator().manual_seed(0), group=4)
+    assert x.shape == (8000, *teacher.shape) == (8000, 3, 1, 1) and y.shape == (2000,)
+    assert abs(y.float().mean() - 0.5) < 0.05
+    for k in range(2):
+        points = x[y.repeat_interleave(4) == k].flatten(1)
+        torch.testing.assert_close(points.mean(0), teacher.means[k], atol=0.03, rtol=0)
+        torch.testing.assert_close(points.std(0), teacher.stds[k].expand(3), atol=0, rtol=0.05)
 
 
 def test_exact_teacher_generates_the_toy_it_describes():
@@ -476,6 +518,28 @@ def test_guidance_input_changes_nothing_at_first_and_something_later():
         teacher.double()(z, delta, y, strength)
 
 
+def test_a_student_may_begin_at_any_time():
+    teacher = small().float()
+    student = fmd.FlowMap.from_teacher(teacher, start=True)
+    x, delta, y, start = (
+        torch.randn(4, 2, 1, 1),
+        0.3 * torch.rand(4),
+        torch.arange(4),
+        0.5 + 0.5 * torch.rand(4),
+    )
+    torch.testing.assert_close(student(x, delta, y, None, start), teacher(x, start - delta, y))
+    torch.testing.assert_close(student(x, delta, y), teacher(x, 1 - delta, y))
+    perturbed(student, 1)
+    x, delta, start = x.double(), delta.double(), start.double()
+    same_end = student(x, delta + 0.1, y, None, start + 0.1)  # the end of the path alone does not tell
+    assert (student(x, delta, y, None, start) - same_end).abs().min() > 1e-6
+    torch.testing.assert_close(student(x, delta, y), student(x, delta, y, None, torch.ones(4).double()))
+    mapped = student.map(x, delta, y, None, start)
+    torch.testing.assert_close(mapped, x + column(delta) * student(x, delta, y, None, start))
+    with pytest.raises(ValueError):
+        fmd.FlowMap.from_teacher(teacher)(x.float(), delta.float(), y, None, start.float())
+
+
 # ------------------------------------------------------------------------------------------------- distillation
 
 
@@ -661,6 +725,101 @@ def test_regression_pairs_and_their_loss():
         if a is not None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
     assert figures["prediction"].item() == pytest.approx(error.square().mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("form", ["jvp", "difference", "step"])
+def test_meanflow_by_its_equation(form):
+    # half the mean square of F - sg(u - delta dF), dF along the teacher's path through (x, start), the end held
+    config = fmd.Config(method="meanflow", prediction=form, decay=0.0, batch_size=6, guidance_max=3.0)
+    start = small().float()
+    data = fmd.ExactTeacher([[2.0, 0.0], [0.0, 2.0], [1.0, 1.0]], [0.1, 0.2, 0.3])
+    rival = fmd.make_distiller(start, config, data)
+    perturbed(rival.network, 5)
+    rival.teacher.double()
+    batch = rival.draw(3)
+    batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+    loss, figures = rival(batch)
+    student, y, gamma, t, delta, h = (
+        rival.network,
+        *(batch[k] for k in ("y", "guidance", "start", "delta", "h")),
+    )
+    x = column(1 - t) * batch["x"] + column(t) * batch["z"]
+    u = fmd.guided(start, gamma)
+    F = student(x, delta, y, gamma, t)
+    with torch.no_grad():
+        v = u(x, t, y)
+        if form == "step":
+            later = fmd.solve_ode(lambda x, s, y: column(h) * u(x, t - (1 - s) * h, y), x, 1, "rk4", y)
+            rest = later + column(delta - h) * student(later, delta - h, y, gamma, t - h)
+            target = (rest - x) / column(delta)
+        else:
+            e = h if form == "difference" else torch.full_like(h, 1e-5)
+            ahead = student(x - column(e) * v, delta + e, y, gamma, t + e)
+            behind = student(x + column(e) * v, delta - e, y, gamma, t - e)
+            target = v - column(delta) * (ahead - behind) / column(2 * e)
+    expected = (F - target).square().mean() / 2
+    for a, b in zip(gradients(loss, student), gradients(expected, student)):
+        if a is not None or b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+    D = (F - target) * (column(delta / h) if form == "step" else 1)
+    assert figures["prediction"].item() == pytest.approx(D.square().mean().item(), rel=1e-4)
+    assert all(p.grad is None for p in start.parameters())
+
+
+def test_meanflow_draws_data_and_times():
+    settings = dict(method="meanflow", batch_size=4000, group_size=4, label_dropout=0.25, delta_power=1.5)
+    config = fmd.Config(**settings)
+    data = fmd.ToyData("gaussians")
+    rival = fmd.make_distiller(small(num_classes=8).float(), config, data)
+    batch, same, other = rival.draw(7), rival.draw(7), rival.draw(8)
+    assert all(torch.equal(batch[k], same[k]) and not torch.equal(batch[k], other[k]) for k in batch)
+    y = batch["y"].repeat_interleave(4)
+    assert abs((y == 8).float().mean() - 0.25) < 0.05
+    angle = y[y < 8] * math.pi / 4
+    center = 1.4 * torch.stack([angle.cos(), angle.sin()], 1)
+    assert (batch["x"].flatten(1)[y < 8] - center).norm(
+        dim=1
+    ).max() < 0.15 * 5.5  # labels are those of the data
+    start, delta, h = batch["start"], batch["delta"], batch["h"]
+    end = start - delta
+    assert end.min() > -1e-6 and start.max() <= 1.001 and (0 < h).all() and (h <= delta).all()
+    assert h.max() <= config.step_size
+    assert abs(end.mean() - 1 / 2.5) < 0.01  # of U^1.5
+    assert abs(((start - end) / (1 - end)).mean() - 0.5) < 0.03
+    assert fmd.evaluations_per_step(config) == 4000 * 4
+    assert fmd.evaluations_per_step(dataclasses.replace(config, prediction="jvp")) == 4000
+
+
+def test_meanflow_learns_what_its_data_shows():
+    # data where the teacher goes against data that lies elsewhere, the paper's mismatch
+    config = fmd.Config(
+        method="meanflow",
+        prediction="step",
+        batch_size=256,
+        group_size=8,
+        steps=200,
+        learning_rate=8e-3,
+        optimizer="muon",
+        warmup=10,
+        ema_decay=0.95,
+        label_dropout=1.0,
+    )
+    u = fmd.ExactTeacher([[-1.0, 0.0], [1.0, 0.0]], [0.3, 0.3])
+    z = noise(500, 2, 1, 1).float()
+    phi, errors = fmd.solve_ode(u, z, 32, "rk4"), []
+    for shift in (0.0, 5.0):
+        torch.manual_seed(0)
+        student = fmd.FlowMap.from_teacher(fmd.DiT(num_classes=2, hidden_size=32, depth=2), start=True)
+        rival = fmd.MeanFlow(student, u, u, config)
+
+        def draw(step):
+            batch = rival.draw(step)
+            return {**batch, "x": batch["x"] + shift}
+
+        for _, _, state in fmd.train(rival, draw, config):
+            pass
+        errors.append(fmd.relative_error(fmd.jump(state.ema, z), phi))
+    assert errors[0] < 0.3 and errors[1] > 1.6 * errors[0], errors
 
 
 def test_decay_and_balance_by_hand(monkeypatch):
@@ -1299,6 +1458,39 @@ def test_regression_end_to_end_and_resumed(finished, tmp_path):
     again = torch.load(tmp_path / "b" / "student.pt", weights_only=True)
     assert all(torch.equal(checkpoint["ema"][k], again["ema"][k]) for k in again["ema"])
     assert not any(k.startswith(("z", "phi")) for k in checkpoint["buffers"])  # pairs are solved again
+
+
+def test_meanflow_end_to_end_and_resumed(finished, tmp_path, monkeypatch, capsys):
+    flags = ["--method", "meanflow", *TINY]
+    run("--out", tmp_path / "all", *flags)  # teacher and rival
+    metrics = json.loads((tmp_path / "all" / "metrics.json").read_text())
+    assert metrics["config"]["method"] == "meanflow"
+    flags = ["--stage", "distill", "--teacher", finished / "teacher.pt", *flags]
+    run(*flags, "--out", tmp_path / "a")
+    student = fmd.load_student(tmp_path / "a" / "student.pt")
+    assert student.settings["start"] and fmd.sample(student, 5).shape == (5, 2, 1, 1)
+    real = fmd.save
+
+    def killed(path, write):
+        real(path, write)
+        if path.name == "student.pt" and torch.load(path, weights_only=True)["step"] == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(fmd, "save", killed)
+    run(*flags, "--out", tmp_path / "b", "--checkpoint-interval", "4", status=1)
+    monkeypatch.setattr(fmd, "save", real)
+    run("--out", tmp_path / "b", "--resume")
+    straight, resumed = (weights(tmp_path / name / "student.pt") for name in "ab")
+    assert all(torch.equal(straight[k], resumed[k]) for k in straight)
+    run("--stage", "sample", "--out", tmp_path / "b", "--samples", "10")
+    np.save(tmp_path / "points.npy", np.zeros((9, 2)))
+    run("--toy", tmp_path / "points.npy", *TINY, "--out", tmp_path / "c", "--stage", "teacher")
+    (tmp_path / "points.npy").unlink()
+    capsys.readouterr()
+    flags = ["--stage", "distill", "--out", tmp_path / "c", "--method", "meanflow"]
+    run(*flags, status=1)  # the one method that needs the data
+    assert "points.npy" in capsys.readouterr().err
+    run(*flags, "--guidance-interval", "0", "0.7", status=2)
 
 
 def test_a_teacher_that_lies_in_the_folder_is_distilled_not_replaced(finished, tmp_path):
