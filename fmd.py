@@ -2224,7 +2224,7 @@ def make_parser():
     add = parser.add_argument
     add("--stage", default="all", choices=list(STAGE_FILES), help="what to do (default: all)")
     add("--teacher", metavar="FILE", help="distill this teacher (fmd, SiT, REPA) instead of training one; "
-        f"touches no data; {' and '.join(RELEASED)} are downloaded")
+        f"touches no data but for meanflow; {' and '.join(RELEASED)} are downloaded")
     add("--student", metavar="FILE", help="sample or evaluate this student")
     add("--out", metavar="DIR", help="folder of the run (default: the next free one of runs/DATASET, ...-2)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out, or start if none")

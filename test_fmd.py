@@ -22,12 +22,14 @@ from pathlib import Path
 
 import diffusers
 import matplotlib
+import nbformat
 import numpy as np
 import PIL.Image
 import pytest
 import sklearn.datasets
 import torch
 import torchvision
+from nbclient import NotebookClient
 
 import fmd
 
@@ -3032,3 +3034,47 @@ def test_benchmark_stage(tmp_path, monkeypatch, capsys):
         "the whole step": 7e3,
     }
     assert "1.14 samples/s" in text and " 112.0" in text  # 8 / 7 s, and 7 s in forwards of 0.5 / 8
+
+
+# ----------------------------------------------------------------------------------------------------- the notebook
+
+
+NOTEBOOK = Path(__file__).with_name("toy_2d.ipynb")
+
+
+def text_of(output):
+    """What a reader can read of a cell's output."""
+    return output.get("text", "") + "".join(
+        v for k, v in output.get("data", {}).items() if k in ("text/plain", "text/markdown")
+    )
+
+
+def test_the_notebook_runs_from_top_to_bottom():
+    notebook = nbformat.read(NOTEBOOK, 4)
+    sizes, few = "TEACHER_STEPS, STEPS = 1000, 400", "TEACHER_STEPS, STEPS = 3, 2"
+    small_cell = [c for c in notebook.cells if sizes in c.source]
+    assert len(small_cell) == 1 and "SAMPLES = 4000" in small_cell[0].source
+    small_cell[0].source = small_cell[0].source.replace(sizes, few).replace("SAMPLES = 4000", "SAMPLES = 200")
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": NOTEBOOK.parent}}).execute()
+    pictures = [o for c in notebook.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
+    assert len(pictures) >= 13
+
+
+def test_the_notebook_is_committed_as_it_ran():
+    cells = nbformat.read(NOTEBOOK, 4).cells
+    code = [c for c in cells if c.cell_type == "code"]
+    assert [c.execution_count for c in code] == list(range(1, len(code) + 1))
+    outputs = [o for c in code for o in c.outputs]
+    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    printed = " ".join(map(text_of, outputs))
+    source = " ".join(c.source for c in code)
+    assert "/" not in re.sub(r" / ", "", printed)  # no path of the machine that ran it
+    prose = " ".join(c.source for c in cells if c.cell_type == "markdown")
+    prose = re.sub(r"\(http[^)]*\)|arXiv \S+", "", prose)
+    known = set(re.findall(r"\d+\.\d+", printed + source))
+    assert set(re.findall(r"\d+\.\d+", prose)) <= known  # numbers in its text are printed by its cells
+    for number in range(1, 12):
+        assert f"\n## {number}. " in "\n" + "\n".join(c.source for c in cells)
+    assert not re.search(
+        r"^(class|def) \w*(Flow|Teacher|Distill|Network|gradient)", source, re.M
+    )  # it imports fmd
