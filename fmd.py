@@ -947,7 +947,8 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
         return (f - ode_step(u, start, 1 - delta + h, h, "rk4", y)) / expand(h, z)
     if form == "jvp":
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode derivative
-            dF = torch.func.jvp(lambda d: student(z, d, y, guidance), (delta,), (torch.ones_like(delta),))[1]
+            one, delta = torch.ones_like(delta), delta.contiguous()  # jvp refuses an expanded delta
+            dF = torch.func.jvp(lambda d: student(z, d, y, guidance), (delta,), (one,))[1]
     elif form == "difference":
         low, high = (delta - h).clamp(min=0), (delta + h).clamp(max=1)
         dF = (student(z, high, y, guidance) - student(z, low, y, guidance)) / expand(high - low, z)
@@ -1167,7 +1168,7 @@ def meanflow_gradient(student, u, x, delta, start, y=None, guidance=None, form="
 
     if form == "jvp":
         with sdpa_kernel(SDPBackend.MATH):
-            dF = torch.func.jvp(at, (x, delta, start), (-v, one, one))[1]
+            dF = torch.func.jvp(at, (x, delta.contiguous(), start.contiguous()), (-v, one, one))[1]
     elif form == "difference":
         move = expand(h, x) * v
         dF = (at(x - move, delta + h, start + h) - at(x + move, delta - h, start - h)) / expand(2 * h, x)

@@ -558,6 +558,12 @@ def test_forms_of_the_prediction_converge_to_each_other():
     rows = [torch.autograd.grad(out.flatten(1)[:, i].sum(), d, retain_graph=True)[0] for i in range(32)]
     v_G = out + column(delta) * torch.stack(rows, 1).view_as(out)
     torch.testing.assert_close(exact, (v_G - teacher(student.map(z, delta, y), 1 - delta, y)).detach())
+    one = delta[:1].expand(6)  # one time for all, in one number's memory
+    for form in ("jvp", "difference", "step"):
+        same, each = (
+            fmd.prediction_gradient(student, teacher, z, d, y, form=form) for d in (one, one.clone())
+        )
+        torch.testing.assert_close(same, each)
     for form, order in (("difference", 2), ("step", 1)):
         gaps = [
             (fmd.prediction_gradient(student, teacher, z, delta, y, form=form, h=h) - exact)
