@@ -1045,12 +1045,11 @@ def make_teacher(start, config, strength=None):
 def make_distiller(start, config, data=None):
     """The loss of config.method. Student and critic begin with the weights of `start`; only meanflow needs
     data."""
-    is_rival = config.method == "meanflow"
     teacher = make_teacher(start, config)
-    student = FlowMap.from_teacher(start, config.is_guided, start=is_rival)
+    student = FlowMap.from_teacher(start, config.is_guided, start=config.method == "meanflow")
     if config.method == "regression":
         return Regression(student, teacher, config)
-    if is_rival:
+    if config.method == "meanflow":
         return MeanFlow(student, teacher, data, config).to(start.pos_embed.device)
     critic = DiT.from_teacher(start, config.is_guided) if config.corrections else None
     return Distiller(student, critic, teacher, config).to(start.pos_embed.device)
@@ -1167,7 +1166,7 @@ def meanflow_gradient(student, u, x, delta, start, y=None, guidance=None, form="
         return student(x, delta, y, guidance, start)
 
     if form == "jvp":
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH):  # and contiguous: as in prediction_gradient
             dF = torch.func.jvp(at, (x, delta.contiguous(), start.contiguous()), (-v, one, one))[1]
     elif form == "difference":
         move = expand(h, x) * v
