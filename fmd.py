@@ -137,7 +137,11 @@ class Config:
     learning_rate: float = option(1e-4, "peak", 0)
     prediction: str = option("step", "form of the derivative", choices=["step", "jvp", "difference"])
     delta_power: float = option(1.0, "delta = 1 - U(0, 1)^delta_power; above 1: more near 1, the data", 0.1)
-    step_size: float = option(0.25, "longest teacher step of the form 'step'", 1e-4, 1)
+    step_size: float = option(0.25, "longest stretch of path of the form 'step'", 1e-4, 1)
+    step_count: int = option(1, "RK4 steps of the teacher over a stretch", 1)
+    end_share: float = option(0.0, "share of the stretches that end at delta = 1, as samples do", 0, 1)
+    ema_target: bool = option(False, "a stretch begins where the student's averaged weights say, which are "
+                              "less noisy")
     difference_size: float = option(0.005, "half-width of the form 'difference'", 1e-5, 0.5)
     decay: float = option(0.5, "k: D_G is divided by (||D_G||^2/d + eps)^k", 0, 1)
     eps: float = option(1e-3, "keeps decay and balance away from dividing by 0", 1e-12)
@@ -230,8 +234,9 @@ PICTURES = dict(toy="", guidance_max=4.0, guidance=2.0, correction_interval=(0.0
                 checkpoint_interval=1000)
 PRESETS = {
     "toy2d": dict(label_dropout=0.75, t_location=-0.8, group_size=8, optimizer="muon", threads=2,
-                  teacher_steps=1000, teacher_batch_size=512, teacher_learning_rate=8e-3, steps=1200,
-                  learning_rate=8e-3, critic_learning_rate=1.6e-2, delta_power=1.5, score_labels=False),
+                  teacher_steps=1000, teacher_batch_size=512, teacher_learning_rate=8e-3, steps=1000,
+                  learning_rate=8e-3, critic_learning_rate=1.6e-2, delta_power=1.5, end_share=0.5,
+                  step_size=0.5, step_count=2, ema_target=True, score_labels=False),
     "mnist": dict(PICTURES, teacher_steps=20000, steps=20000),
     "cifar10": dict(PICTURES, teacher_steps=200000, steps=100000, flip=True),
     "imagenet": dict(PICTURES, hidden_size=1152, depth=28, num_heads=16, precision="bfloat16",
@@ -608,24 +613,24 @@ class DiT(nn.Module):
     """A velocity network u(x, t | y), and with guidance=True u(x, t | y, strength).
 
     forward: x (B, C, H, W); t (G,) in [0, 1]; y (G,) or None, the null label; guidance (G,) or None, strength
-    1 -> (B, C, H, W). start=True gives it a second time, (G,) or None, 1: see FlowMap. Raises ValueError for
-    guidance or start without an input for it.
+    1 -> (B, C, H, W). start_time=True gives it a second time, (G,) or None, 1: see FlowMap. Raises ValueError
+    for guidance or start_time without an input for it.
     """
 
     def __init__(self, input_size=1, in_channels=2, num_classes=8, hidden_size=64, depth=3, num_heads=1,
-                 patch_size=1, qk_norm=False, guidance=False, start=False):
+                 patch_size=1, qk_norm=False, guidance=False, start_time=False):
         super().__init__()
         D, p = hidden_size, patch_size
         self.settings = dict(input_size=input_size, in_channels=in_channels, num_classes=num_classes,
                              hidden_size=D, depth=depth, num_heads=num_heads, patch_size=p, qk_norm=qk_norm,
-                             guidance=guidance, start=start)
+                             guidance=guidance, start_time=start_time)
         self.shape, self.num_classes, self.patch_size = (in_channels, input_size, input_size), num_classes, p
         self.x_embedder = named(proj=nn.Conv2d(in_channels, D, p, stride=p))
         self.register_buffer("pos_embed", position_embedding(D, input_size // p))
         self.t_embedder = Embedder(D)
         self.y_embedder = named(embedding_table=nn.Embedding(num_classes + 1, D))
         self.guidance_embedder = Embedder(D) if guidance else None
-        self.start_embedder = Embedder(D) if start else None
+        self.start_time_embedder = Embedder(D) if start_time else None
         self.blocks = nn.ModuleList(Block(D, num_heads, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(D, p * p * in_channels)
         self.activation_checkpointing = False
@@ -641,7 +646,7 @@ class DiT(nn.Module):
                 nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
             elif parameter.ndim == 2:
                 nn.init.xavier_uniform_(parameter)
-        for embedder in filter(None, [self.guidance_embedder, self.start_embedder]):
+        for embedder in filter(None, [self.guidance_embedder, self.start_time_embedder]):
             nn.init.zeros_(embedder.mlp[2].weight)  # so that from_teacher begins as the teacher
 
     @classmethod
@@ -654,27 +659,28 @@ class DiT(nn.Module):
         return network
 
     @classmethod
-    def from_teacher(cls, teacher, guidance=False, start=False):
-        """A network of this class with the teacher's weights; inputs for guidance and start change nothing
-        yet."""
+    def from_teacher(cls, teacher, guidance=False, start_time=False):
+        """A network of this class with the teacher's weights; inputs for guidance and start time change
+        nothing yet."""
         tensors = teacher.state_dict()
         of_time = [k for k in tensors if k.startswith("t_embedder.")]
-        for extra in ["guidance"] * guidance + ["start"] * start:
+        for extra in ["guidance"] * guidance + ["start_time"] * start_time:
             for name in of_time:
                 # begins as that of the times, not at random, but for the output, which begins at zero
                 first = tensors[name] if ".mlp.0." in name else torch.zeros_like(tensors[name])
                 tensors.setdefault(name.replace("t_embedder", f"{extra}_embedder"), first)
-        return cls.from_tensors({**teacher.settings, "guidance": guidance, "start": start}, tensors)
+        settings = {**teacher.settings, "guidance": guidance, "start_time": start_time}
+        return cls.from_tensors(settings, tensors)
 
-    def forward(self, x, t, y=None, guidance=None, start=None):
+    def forward(self, x, t, y=None, guidance=None, start_time=None):
         c = self.t_embedder(t)
         c = c + self.y_embedder(torch.full_like(t, self.num_classes, dtype=torch.int64) if y is None else y)
-        for embedder, v in (self.guidance_embedder, guidance), (self.start_embedder, start):
+        for embedder, v in (self.guidance_embedder, guidance), (self.start_time_embedder, start_time):
             if embedder is not None:
                 c = c + embedder(torch.ones_like(t) if v is None else v)
             elif v is not None:
-                raise ValueError("this network has no input for guidance or start: build it with one, by "
-                                 "guidance_max above 1 or method meanflow")
+                raise ValueError("this network has no input for guidance or start_time: build it with "
+                                 "one, by guidance_max above 1 or method meanflow")
         (C, H, W), p = self.shape, self.patch_size
         x = x.reshape(-1, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(len(x), -1, C * p * p)
         proj = self.x_embedder.proj  # a convolution by name and shape, a matrix by what it does
@@ -798,6 +804,13 @@ def ode_step(u, x, t, h, method="heun", y=None):
     raise ValueError(f"unknown method {method}: choose from {', '.join(EVALUATIONS)}")
 
 
+def ode_steps(u, x, t, h, steps, y=None):
+    """A stretch of path, from time t to t - h, in `steps` RK4 steps."""
+    for i in range(steps):
+        x = ode_step(u, x, t - i * h / steps, h / steps, "rk4", y)
+    return x
+
+
 @torch.no_grad()
 def solve_ode(u, z, steps, method="heun", y=None, return_path=False):
     """Sample the teacher, from z at t = 1 to t = 0, in steps * EVALUATIONS[method] evaluations of u.
@@ -911,15 +924,15 @@ class FlowMap(DiT):
     """The student: a DiT read as the average velocity F(z, delta) between the prior and t = 1 - delta.
 
     With the teacher's weights it begins as F(z, delta) = u(z, 1 - delta). Only a rival's paths, MeanFlow's,
-    begin elsewhere than in the prior: there z is a state at the time `start`.
+    begin elsewhere than in the prior: there z is a state at the time `start_time`.
     """
 
-    def forward(self, z, delta, y=None, guidance=None, start=None):
-        return super().forward(z, (1 if start is None else start) - delta, y, guidance, start)
+    def forward(self, z, delta, y=None, guidance=None, start_time=None):
+        return super().forward(z, (1 if start_time is None else start_time) - delta, y, guidance, start_time)
 
-    def map(self, z, delta, y=None, guidance=None, start=None):
+    def map(self, z, delta, y=None, guidance=None, start_time=None):
         """f(z, delta) = z + delta F(z, delta); f(z, 0) = z whatever the weights."""
-        return z + expand(delta, z) * self(z, delta, y, guidance, start)
+        return z + expand(delta, z) * self(z, delta, y, guidance, start_time)
 
 
 def squared_norm(D):
@@ -928,7 +941,8 @@ def squared_norm(D):
 
 
 @torch.no_grad()
-def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp", h=0.005, F=None):
+def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp", h=0.005, F=None,
+                        average=None, steps=1):
     """Predict: D_G = v_G - u(f, 1 - delta) [9], v_G = d f / d delta being the student's generating velocity.
 
     D_G is constant, shaped as z, and 0 for all z and delta if and only if f is the teacher's flow map, up to
@@ -937,14 +951,15 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     number or (B,), goes to 0:
         jvp         v_G = F + delta dF/ddelta [7], by forward-mode differentiation
         difference  the same, dF/ddelta being a difference between delta - h and delta + h
-        step        over the stretch from delta - h to delta: what the student says, less what one RK4 step
-                    of the teacher makes of the student's own f(z, delta - h), over h
+        step        over the stretch from delta - h to delta: what the student says, less what RK4 steps of
+                    the teacher make of the student's own f(z, delta - h), over h; `average`, if it is given,
+                    says f(z, delta - h) in the student's place: its averaged weights are less noisy
     """
     F = student(z, delta, y, guidance) if F is None else F
     f, h = z + expand(delta, z) * F, torch.as_tensor(h, device=z.device).expand_as(delta)
     if form == "step":
-        start = student.map(z, delta - h, y, guidance)
-        return (f - ode_step(u, start, 1 - delta + h, h, "rk4", y)) / expand(h, z)
+        begin = (average or student).map(z, delta - h, y, guidance)
+        return (f - ode_steps(u, begin, 1 - delta + h, h, steps, y)) / expand(h, z)
     if form == "jvp":
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode derivative
             one, delta = torch.ones_like(delta), delta.contiguous()  # jvp refuses an expanded delta
@@ -983,6 +998,7 @@ class Distiller(nn.Module):
     def __init__(self, student, critic, teacher, config):
         super().__init__()
         self.network, self.critic, self.teacher, self.config = student, critic, teacher, config
+        self.average = None  # of the network's weights, if config.ema_target: TrainState keeps it
         # E||D_G||, E||D_N|| of the step before, over all processes and micro-batches: train() keeps them
         self.register_buffer("norm_G", torch.zeros(()))
         self.register_buffer("norm_N", torch.zeros(()))
@@ -1016,7 +1032,8 @@ class Distiller(nn.Module):
 
     def predict(self, F, z, delta, y, guidance, h):
         c, u = self.config, guided(self.teacher, guidance, self.config.guidance_interval)
-        D_G = prediction_gradient(self.network, u, z, delta, y, guidance, c.prediction, h, F)
+        D_G = prediction_gradient(self.network, u, z, delta, y, guidance, c.prediction, h, F, self.average,
+                                  c.step_count)
         size = squared_norm(D_G)
         if c.prediction == "step":
             D_G = expand(h / delta, D_G) * D_G  # F less the average velocity to where the teacher's step ends
@@ -1046,7 +1063,7 @@ def make_distiller(start, config, data=None):
     """The loss of config.method. Student and critic begin with the weights of `start`; only meanflow needs
     data."""
     teacher = make_teacher(start, config)
-    student = FlowMap.from_teacher(start, config.is_guided, start=config.method == "meanflow")
+    student = FlowMap.from_teacher(start, config.is_guided, config.method == "meanflow")
     if config.method == "regression":
         return Regression(student, teacher, config)
     if config.method == "meanflow":
@@ -1083,16 +1100,19 @@ def draw_noise(shape, num_classes, config, n, g):
 def draw_prior(shape, num_classes, config, step):
     """The student's batch of a step: noise z, labels y, times. There is no data here.
 
-    delta is 1 for the samples that correct, which come last. h (lengths of steps) is for those that predict,
-    r and n (times and noise to be put back) for those that correct. Times, labels and strengths are one for
-    config.group_size samples in a row.
+    delta is 1 for the samples that correct, which come last, and at the end of config.end_share of the
+    stretches (a derivative learns worse with a share there). h (lengths of stretches) is for samples that
+    predict, r and n (times and noise to be put back) for those that correct. Times, labels and strengths are
+    one for config.group_size samples in a row.
     """
     c, g = config, generator(config.seed, STUDENT, step)
     m = c.corrections // c.group_size  # groups that correct
     p = c.batch_size // c.group_size - m  # groups that predict
     batch = draw_noise(shape, num_classes, c, c.batch_size, g)
-    uniform = (torch.arange(p) + torch.rand(p, generator=g)) / max(p, 1)  # one in each of even parts
+    q = p - round(c.end_share * p) if c.prediction == "step" else p  # of these not at the end
+    uniform = (torch.arange(q) + torch.rand(q, generator=g)) / max(q, 1)  # one in each of even parts
     delta = (1 - uniform**c.delta_power).clamp(min=1e-3)  # nearer to 0 a difference has no digits left
+    delta = torch.cat([torch.ones(p - q), delta])
     edges = [1 - t for t in c.guidance_interval if c.is_guided and 0 < t < 1]  # u jumps there: go aside
     for edge in edges:
         gap = c.difference_size + 1e-4
@@ -1101,7 +1121,7 @@ def draw_prior(shape, num_classes, config, step):
     h = torch.full_like(delta, c.difference_size)
     if c.prediction == "step":
         h = torch.minimum(c.step_size * (0.5 + 0.5 * torch.rand(p, generator=g)), delta)
-        for edge in edges:  # a step begins behind it
+        for edge in edges:  # a stretch begins behind it
             h = torch.where((delta - h < edge) & (edge < delta), delta - edge - 1e-4, h)
     batch["delta"], batch["h"] = torch.cat([delta, torch.ones(m)]), h
     batch["r"] = torch.sigmoid(c.r_location + c.r_scale * torch.randn(m, generator=g))
@@ -1111,7 +1131,7 @@ def draw_prior(shape, num_classes, config, step):
 
 def evaluations_per_step(config):
     """Teacher evaluations of a step of distillation, one a sample and call; guided ones count twice."""
-    form = EVALUATIONS["rk4"] if config.prediction == "step" else 1
+    form = EVALUATIONS["rk4"] * config.step_count if config.prediction == "step" else 1
     return ((config.batch_size - config.corrections) * form + config.corrections) * (1 + config.is_guided)
 
 
@@ -1148,29 +1168,31 @@ class Regression(nn.Module):
 
 
 @torch.no_grad()
-def meanflow_gradient(student, u, x, delta, start, y=None, guidance=None, form="jvp", h=0.005, F=None):
-    """D = F + delta dF - u(x, start) of the MeanFlow identity (arXiv 2505.13447), at states x of the times
-    `start`, (B,). Unlike in D_G [9] the end of a path is held while its start moves, and x with it: dF is the
-    derivative along (-u, 1, 1) in (x, delta, start); and u is asked at x, which is given, not at f.
+def meanflow_gradient(student, u, x, delta, t, y=None, guidance=None, form="jvp", h=0.005, F=None,
+                      average=None, steps=1):
+    """D = F + delta dF - u(x, t) of the MeanFlow identity (arXiv 2505.13447), at states x of the times
+    t, (B,). Unlike in D_G [9] the end of a path is held while its start moves, and x with it: dF is the
+    derivative along (-u, 1, 1) in (x, delta, t); and u is asked at x, which is given, not at f.
 
     Arguments, forms and errors as in prediction_gradient.
     """
-    F = student(x, delta, y, guidance, start) if F is None else F
+    F = student(x, delta, y, guidance, t) if F is None else F
     h = torch.as_tensor(h, device=x.device).expand_as(delta)
     if form == "step":
-        rest = student.map(ode_step(u, x, start, h, "rk4", y), delta - h, y, guidance, start - h)
+        end = ode_steps(u, x, t, h, steps, y)
+        rest = (average or student).map(end, delta - h, y, guidance, t - h)
         return (x + expand(delta, x) * F - rest) / expand(h, x)
-    v, one = u(x, start, y), torch.ones_like(delta)
+    v, one = u(x, t, y), torch.ones_like(delta)
 
-    def at(x, delta, start):
-        return student(x, delta, y, guidance, start)
+    def at(x, delta, t):
+        return student(x, delta, y, guidance, t)
 
     if form == "jvp":
         with sdpa_kernel(SDPBackend.MATH):  # and contiguous: as in prediction_gradient
-            dF = torch.func.jvp(at, (x, delta.contiguous(), start.contiguous()), (-v, one, one))[1]
+            dF = torch.func.jvp(at, (x, delta.contiguous(), t.contiguous()), (-v, one, one))[1]
     elif form == "difference":
         move = expand(h, x) * v
-        dF = (at(x - move, delta + h, start + h) - at(x + move, delta - h, start - h)) / expand(2 * h, x)
+        dF = (at(x - move, delta + h, t + h) - at(x + move, delta - h, t - h)) / expand(2 * h, x)
     else:
         raise ValueError(f"unknown form {form}: choose from jvp, difference, step")
     return F + expand(delta, x) * dF - v
@@ -1184,6 +1206,7 @@ class MeanFlow(nn.Module):
     def __init__(self, student, teacher, data, config):
         super().__init__()
         self.network, self.teacher, self.data, self.config = student, teacher, data, config
+        self.average = None  # as in Distiller
 
     def draw(self, step):
         c, g, null = self.config, generator(self.config.seed, STUDENT, step), self.data.num_classes
@@ -1192,20 +1215,21 @@ class MeanFlow(nn.Module):
         batch["y"] = torch.where(batch["y"] == null, null, y)
         n = len(y)
         end = ((torch.arange(n) + torch.rand(n, generator=g)) / n) ** c.delta_power  # as in draw_prior
-        start = end + (1 - end) * torch.rand(n, generator=g)
-        batch["delta"] = (start - end).clamp(min=1e-3)
-        batch["start"], batch["h"] = end + batch["delta"], torch.full_like(end, c.difference_size)
+        start_time = end + (1 - end) * torch.rand(n, generator=g)
+        batch["delta"] = (start_time - end).clamp(min=1e-3)
+        batch["start_time"], batch["h"] = end + batch["delta"], torch.full_like(end, c.difference_size)
         if c.prediction == "step":
             longest = c.step_size * (0.5 + 0.5 * torch.rand(n, generator=g))
             batch["h"] = torch.minimum(longest, batch["delta"])
         return batch
 
     def forward(self, batch):
-        c, delta, start, y, guidance = self.config, *(
-            batch.get(name) for name in ("delta", "start", "y", "guidance"))
-        x = noised(batch["x"], batch["z"], start)
-        F, u = self.network(x, delta, y, guidance, start), guided(self.teacher, guidance)
-        D = meanflow_gradient(self.network, u, x, delta, start, y, guidance, c.prediction, batch["h"], F)
+        c, delta, start_time, y, guidance = self.config, *(
+            batch.get(name) for name in ("delta", "start_time", "y", "guidance"))
+        x = noised(batch["x"], batch["z"], start_time)
+        F, u = self.network(x, delta, y, guidance, start_time), guided(self.teacher, guidance)
+        D = meanflow_gradient(self.network, u, x, delta, start_time, y, guidance, c.prediction, batch["h"], F,
+                              self.average, c.step_count)
         size = squared_norm(D).mean()
         if c.prediction == "step":
             D = expand(batch["h"] / delta, D) * D
@@ -1238,6 +1262,8 @@ class TrainState:
                 [dict(params=matrices, peak=config.learning_rate)], weight_decay=0.0, ns_steps=3,
                 adjust_lr_fn="match_rms_adamw")
         self.ema = copy.deepcopy(module.network).requires_grad_(False)
+        if config.ema_target and hasattr(module, "average"):
+            module.average = self.ema
         self.parts = {**self.networks, "ema": self.ema, **self.optimizers}
         self.parameters = {name: list(part.parameters()) for name, part in self.parts.items()
                            if isinstance(part, nn.Module)}  # to walk through modules takes time
@@ -1246,7 +1272,8 @@ class TrainState:
         """Have the networks recompute their activations, or be compiled, as config says."""
         for network in self.networks.values():
             network.activation_checkpointing = self.config.activation_checkpointing
-        for network in [*self.networks.values(), getattr(self.module, "teacher", None)]:
+        asked = [getattr(self.module, name, None) for name in ("teacher", "average")]
+        for network in [*self.networks.values(), *asked]:
             if self.config.compile and isinstance(network, nn.Module):
                 network.compile()
 
@@ -1766,7 +1793,8 @@ def forwards_needed(config):
     """What a step cannot do without, in forwards of one sample through the network: {part: number}. Backward
     passes count as two, a value with its derivative (JVP) as two; guidance doubles the teacher."""
     c, g, training = config, 1 + config.is_guided, 3 + config.activation_checkpointing
-    target = {"step": 1 + EVALUATIONS["rk4"] * g, "jvp": 2 + g, "difference": 2 + g}[c.prediction]
+    stretch = EVALUATIONS["rk4"] * c.step_count
+    target = {"step": 1 + stretch * g, "jvp": 2 + g, "difference": 2 + g}[c.prediction]
     return {"student": training * c.batch_size, "prediction": target * (c.batch_size - c.corrections),
             "correction": (g + training) * c.corrections}
 

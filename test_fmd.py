@@ -4,6 +4,7 @@ python -m pytest -q test_fmd.py
 """
 
 import argparse
+import copy
 import dataclasses
 import hashlib
 import json
@@ -163,19 +164,34 @@ def test_prediction_gradient_of_a_shifted_map(form, h, tolerance):
     assert (D_G[delta < 0.5] > 0).all()
 
 
+def test_a_stretch_of_path_begins_where_the_average_says_and_takes_as_many_steps_as_asked():
+    student, average, u = small(fmd.FlowMap), small(fmd.FlowMap, seed=1), small(seed=2)
+    z, delta, h = noise(32, 2, 1, 1), times(32, low=0.5), times(32, low=0.1, seed=1) / 2
+    with torch.no_grad():
+        begin = z + column(delta - h) * average(z, delta - h)
+        stretch = lambda x, s, y: column(h) * u(x, 1 - delta + s * h)  # noqa: E731  s falls from 1 to 0
+        end = fmd.solve_ode(stretch, begin, 3, "rk4")
+        expected = (z + column(delta) * student(z, delta) - end) / column(h)
+    D_G = fmd.prediction_gradient(student, u, z, delta, form="step", h=h, average=average, steps=3)
+    torch.testing.assert_close(D_G, expected)
+    own = fmd.prediction_gradient(student, u, z, delta, form="step", h=h, steps=3)
+    itself = fmd.prediction_gradient(student, u, z, delta, form="step", h=h, average=student, steps=3)
+    assert torch.equal(own, itself) and (own - D_G).abs().max() > 1e-3
+
+
 class TwoTimeGaussianMap(GaussianMap):
     """The exact map of N(MU, S^2) from a state at any time to an earlier one."""
 
-    def forward(self, x, delta, y=None, guidance=None, start=None):
-        start = torch.ones_like(delta) if start is None else start
+    def forward(self, x, delta, y=None, guidance=None, start_time=None):
+        start = torch.ones_like(delta) if start_time is None else start_time
         here, there = (((1 - t) ** 2 * S**2 + t**2).sqrt() for t in (start, start - delta))
         offset = x - column(1 - start) * MU[:, None, None]
         # (there - here) / delta without the division by a small number
         ratio = ((1 - start + 1 - start + delta) * S**2 - (2 * start - delta)) / (there + here)
         return MU[:, None, None] + self.shift + column(ratio / here) * offset
 
-    def map(self, x, delta, y=None, guidance=None, start=None):
-        return x + column(delta) * self(x, delta, start=start)
+    def map(self, x, delta, y=None, guidance=None, start_time=None):
+        return x + column(delta) * self(x, delta, start_time=start_time)
 
 
 @pytest.mark.parametrize(
@@ -525,7 +541,7 @@ def test_guidance_input_changes_nothing_at_first_and_something_later():
 
 def test_a_student_may_begin_at_any_time():
     teacher = small().float()
-    student = fmd.FlowMap.from_teacher(teacher, start=True)
+    student = fmd.FlowMap.from_teacher(teacher, start_time=True)
     x, delta, y, start = (
         torch.randn(4, 2, 1, 1),
         0.3 * torch.rand(4),
@@ -738,21 +754,26 @@ def test_regression_pairs_and_their_loss():
     assert figures["prediction"].item() == pytest.approx(error.square().mean().item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("form", ["jvp", "difference", "step"])
-def test_meanflow_by_its_equation(form):
+@pytest.mark.parametrize("form, steps", [("jvp", 1), ("difference", 1), ("step", 1), ("step", 2)])
+def test_meanflow_by_its_equation(form, steps):
     # half the mean square of F - sg(u - delta dF), dF along the teacher's path through (x, start), the end held
-    config = fmd.Config(method="meanflow", prediction=form, decay=0.0, batch_size=6, guidance_max=3.0)
+    config = fmd.Config(
+        method="meanflow", prediction=form, decay=0.0, batch_size=6, guidance_max=3.0, step_count=steps
+    )
     start = small().float()
     data = fmd.ExactTeacher([[2.0, 0.0], [0.0, 2.0], [1.0, 1.0]], [0.1, 0.2, 0.3])
     rival = fmd.make_distiller(start, config, data)
     perturbed(rival.network, 5)
+    average = rival.network
+    if steps > 1:  # as ema_target would have it
+        average = rival.average = perturbed(copy.deepcopy(rival.network), 6)
     rival.teacher.double()
     batch = rival.draw(3)
     batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
     loss, figures = rival(batch)
     student, y, gamma, t, delta, h = (
         rival.network,
-        *(batch[k] for k in ("y", "guidance", "start", "delta", "h")),
+        *(batch[k] for k in ("y", "guidance", "start_time", "delta", "h")),
     )
     x = column(1 - t) * batch["x"] + column(t) * batch["z"]
     u = fmd.guided(start, gamma)
@@ -760,8 +781,8 @@ def test_meanflow_by_its_equation(form):
     with torch.no_grad():
         v = u(x, t, y)
         if form == "step":
-            later = fmd.solve_ode(lambda x, s, y: column(h) * u(x, t - (1 - s) * h, y), x, 1, "rk4", y)
-            rest = later + column(delta - h) * student(later, delta - h, y, gamma, t - h)
+            later = fmd.solve_ode(lambda x, s, y: column(h) * u(x, t - (1 - s) * h, y), x, steps, "rk4", y)
+            rest = later + column(delta - h) * average(later, delta - h, y, gamma, t - h)
             target = (rest - x) / column(delta)
         else:
             e = h if form == "difference" else torch.full_like(h, 1e-5)
@@ -790,7 +811,7 @@ def test_meanflow_draws_data_and_times():
     center = 1.4 * torch.stack([angle.cos(), angle.sin()], 1)
     distance = (batch["x"].flatten(1)[y < 8] - center).norm(dim=1)
     assert distance.max() < 0.15 * 5.5  # labels are those of the data
-    start, delta, h = batch["start"], batch["delta"], batch["h"]
+    start, delta, h = batch["start_time"], batch["delta"], batch["h"]
     end = start - delta
     assert end.min() > -1e-6 and start.max() <= 1.001 and (0 < h).all() and (h <= delta).all()
     assert h.max() <= config.step_size
@@ -819,7 +840,7 @@ def test_meanflow_learns_what_its_data_shows():
     phi, errors = fmd.solve_ode(u, z, 32, "rk4"), []
     for shift in (0.0, 5.0):
         torch.manual_seed(0)
-        student = fmd.FlowMap.from_teacher(fmd.DiT(num_classes=2, hidden_size=32, depth=2), start=True)
+        student = fmd.FlowMap.from_teacher(fmd.DiT(num_classes=2, hidden_size=32, depth=2), start_time=True)
         rival = fmd.MeanFlow(student, u, u, config)
 
         def draw(step):
@@ -891,7 +912,8 @@ def test_guided_distillation_asks_the_guided_teacher_and_conditions_both_network
     "settings",
     [
         dict(prediction="step"),
-        dict(prediction="jvp"),
+        dict(prediction="step", step_count=3),
+        dict(prediction="jvp", step_count=3),
         dict(prediction="difference"),
         dict(correction_share=0.0),
         dict(correction_share=1.0),
@@ -931,6 +953,14 @@ def test_draws_are_pure_and_as_described():
     assert h[delta > 0.25].min() >= config.step_size / 2
     crowded = fmd.draw_prior((2, 1, 1), 5, dataclasses.replace(config, delta_power=1.5), 7)["delta"][:3000]
     assert crowded.mean().item() == pytest.approx(0.6, abs=0.005)  # 1 - E[U^1.5]
+    ends = dataclasses.replace(config, end_share=0.4)
+    share = fmd.draw_prior((2, 1, 1), 5, ends, 7)["delta"][:3000]
+    derivative = fmd.draw_prior((2, 1, 1), 5, dataclasses.replace(ends, prediction="jvp"), 7)["delta"]
+    assert torch.equal(derivative, batch["delta"])
+    rest = share[share < 1]
+    assert (
+        len(rest) == 1800 and abs(rest.mean() - 0.5) < 0.02 and (rest * 1800).ceil().unique().numel() > 1790
+    )
     logit = torch.logit(batch["r"])
     assert abs(logit.mean() - 0.8) < 0.1 and abs(logit.std() - 1) < 0.08
     assert abs((batch["n"] * batch["z"][3000:]).mean()) < 0.06  # independent noises
@@ -945,6 +975,17 @@ def test_draws_differ_between_seeds_and_streams():
 
 
 # ------------------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("method", ["prior", "meanflow"])
+def test_targets_begin_at_the_average_if_asked_for(method):
+    for asked in True, False:
+        config = fmd.Config(method=method, batch_size=16, ema_target=asked)
+        module = fmd.make_distiller(small().float(), config, fmd.ExactTeacher([[1.0, 0.0]] * 3, [0.2] * 3))
+        state = fmd.TrainState(module, config)
+        before = module(module.draw(0))[1]["prediction"]
+        perturbed(state.ema, 3).float()
+        assert (module(module.draw(0))[1]["prediction"] != before) == asked
 
 
 class Quadratic(torch.nn.Module):
@@ -1478,7 +1519,7 @@ def test_meanflow_end_to_end_and_resumed(finished, tmp_path, monkeypatch, capsys
     flags = ["--stage", "distill", "--teacher", finished / "teacher.pt", *flags]
     run(*flags, "--out", tmp_path / "a")
     student = fmd.load_student(tmp_path / "a" / "student.pt")
-    assert student.settings["start"] and fmd.sample(student, 5).shape == (5, 2, 1, 1)
+    assert student.settings["start_time"] and fmd.sample(student, 5).shape == (5, 2, 1, 1)
     real = fmd.save
 
     def killed(path, write):
@@ -3018,7 +3059,7 @@ def test_benchmark_stage(tmp_path, monkeypatch, capsys):
         text = capsys.readouterr().out
         assert text.count("the whole step") == 3 - refused and text.count("samples/s") == 3 - refused
         assert ("drowns in bfloat16" in text) == refused and "M parameters" in text and "TFLOP/s" in text
-        needed = {"step": 88, "jvp": 58} if refused else {"step": 62, "jvp": 50, "difference": 50}
+        needed = {"step": 88, "jvp": 58} if refused else {"step": 86, "jvp": 50, "difference": 50}
         for form, total in needed.items():
             table = text.split(f"--prediction {form}")[1]
             assert int(re.search(r"the whole step\s+\S+\s+\S+\s+(\d+)", table)[1]) == total
