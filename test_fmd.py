@@ -2818,9 +2818,10 @@ def latent_start():
 @pytest.mark.parametrize("form", ["step", "jvp", "difference"])
 @pytest.mark.parametrize("settings", [dict(micro_batch_size=4), dict(activation_checkpointing=True)])
 def test_the_way_a_step_is_computed_changes_rounding_only(form, settings, latent_start):
+    common = dict(prediction=form, step_count=2, end_share=0.5, ema_target=True)
     whole, found = (
-        distill_some(latent_start, prediction=form),
-        distill_some(latent_start, prediction=form, **settings),
+        distill_some(latent_start, **common),
+        distill_some(latent_start, **common, **settings),
     )
     close(whole[0], found[0])
     close(whole[1], found[1])
@@ -2925,6 +2926,12 @@ def test_two_processes_equal_one(parallel, tmp_path):
     assert done.returncode == 0, done.stderr
     close(adam_moments(tmp_path / "one" / "student.pt"), adam_moments(tmp_path / "two" / "student.pt"))
     assert done.stdout.count("samples 4 x 8 x 8") == 1 and (tmp_path / "two" / "metrics.json").exists()
+    # with the average in the targets
+    flags_step = [*flags, "--prediction", "step", "--ema-target", "--step-count", "2", "--end-share", "0.5"]
+    run(*flags_step, "--out", tmp_path / "step", "--steps", "3")
+    done = torchrun(fmd.__file__, *flags_step, "--out", tmp_path / "step two", "--steps", "3")
+    assert done.returncode == 0, done.stderr
+    close(weights(tmp_path / "step" / "student.pt"), weights(tmp_path / "step two" / "student.pt"), 1e-3)
     # all steps, in two processes and two pieces each
     done = torchrun(fmd.__file__, *flags, "--out", tmp_path / "long", "--micro-batch-size", "4")
     assert done.returncode == 0, done.stderr
