@@ -1444,6 +1444,9 @@ def read_checkpoint(path, kind, form=""):
         return dict(checkpoint, kind=kind, config=config, step=config.teacher_steps, seconds=None)
     if not isinstance(checkpoint, dict) or checkpoint.get("kind") != kind:
         raise UserError(f"{path} is not a {kind} written by fmd: give one that is")
+    network = checkpoint.get("network")
+    if isinstance(network, dict) and "start" in network:  # how older files call it
+        network["start_time"] = network.pop("start")
     try:
         return {**checkpoint, "config": Config(**checkpoint["config"])}
     except (KeyError, TypeError, UserError) as e:

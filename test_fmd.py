@@ -1316,7 +1316,7 @@ def test_the_default_command_end_to_end(finished):
         "coverage",
         "error_along_path",
     } <= metrics.keys()
-    assert metrics["teacher_evaluations"] == 12 * (12 * 4 + 4) and metrics["nfe"] == 1
+    assert metrics["teacher_evaluations"] == 12 * (12 * 8 + 4) and metrics["nfe"] == 1
     assert (
         metrics["error_along_path"][0] == 0 and metrics["error_along_path"][-1] == metrics["endpoint_error"]
     )
@@ -1335,6 +1335,14 @@ def test_the_default_command_end_to_end(finished):
     assert [line["step"] for line in lines if line["stage"] == "teacher"] == [3, 6, 8]
     assert [line["step"] for line in lines if line["stage"] == "student"] == [3, 6, 9, 12]
     assert {"prediction", "correction", "critic", "lambda", "endpoint_error"} <= lines[-1].keys()
+
+
+def test_a_file_from_before_start_time_had_its_name_still_loads(finished, tmp_path):
+    file = torch.load(finished / "teacher.pt", weights_only=True)
+    file["network"]["start"] = file["network"].pop("start_time")
+    torch.save(file, tmp_path / "old.pt")
+    old, new = fmd.load_teacher(tmp_path / "old.pt"), fmd.load_teacher(finished / "teacher.pt")
+    assert old.settings == new.settings and torch.equal(old.pos_embed, new.pos_embed)
 
 
 def test_loaders_give_the_averaged_weights(finished):
