@@ -804,25 +804,19 @@ def ode_step(u, x, t, h, method="heun", y=None):
     raise ValueError(f"unknown method {method}: choose from {', '.join(EVALUATIONS)}")
 
 
-def ode_steps(u, x, t, h, steps, y=None):
-    """A stretch of path, from time t to t - h, in `steps` RK4 steps."""
-    for i in range(steps):
-        x = ode_step(u, x, t - i * h / steps, h / steps, "rk4", y)
-    return x
-
-
 @torch.no_grad()
-def solve_ode(u, z, steps, method="heun", y=None, return_path=False):
-    """Sample the teacher, from z at t = 1 to t = 0, in steps * EVALUATIONS[method] evaluations of u.
+def solve_ode(u, z, steps, method="heun", y=None, return_path=False, t=None, h=None):
+    """Sample the teacher, from z at t = 1 to t = 0, in steps * EVALUATIONS[method] evaluations of u; or
+    follow it over a stretch, from states z at times t to times t - h, both (B,).
 
-    Returns phi(z, 1), shaped as z; with return_path all phi(z, i / steps), (steps + 1, B, C, H, W).
-    Raises ValueError.
+    Returns phi(z, 1), or where the stretch ends, shaped as z; with return_path all states on the way, which
+    are phi(z, i / steps), (steps + 1, B, C, H, W). Raises ValueError.
     """
     if steps < 1:
         raise ValueError(f"solve_ode needs at least one step, not {steps}")
-    path, h = [z], z.new_full((1,), 1 / steps)
+    path, t, h = [z], *(z.new_ones(1) if v is None else v for v in (t, h))
     for i in range(steps):
-        x = ode_step(u, path[-1], 1 - i * h, h, method, y)
+        x = ode_step(u, path[-1], t - i * (h / steps), h / steps, method, y)
         path = [*path, x] if return_path else [x]
     return torch.stack(path) if return_path else path[-1]
 
@@ -942,7 +936,7 @@ def squared_norm(D):
 
 @torch.no_grad()
 def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp", h=0.005, F=None,
-                        average=None, steps=1):
+                        ema=None, steps=1):
     """Predict: D_G = v_G - u(f, 1 - delta) [9], v_G = d f / d delta being the student's generating velocity.
 
     D_G is constant, shaped as z, and 0 for all z and delta if and only if f is the teacher's flow map, up to
@@ -952,14 +946,15 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
         jvp         v_G = F + delta dF/ddelta [7], by forward-mode differentiation
         difference  the same, dF/ddelta being a difference between delta - h and delta + h
         step        over the stretch from delta - h to delta: what the student says, less what RK4 steps of
-                    the teacher make of the student's own f(z, delta - h), over h; `average`, if it is given,
-                    says f(z, delta - h) in the student's place: its averaged weights are less noisy
+                    the teacher make of the student's own f(z, delta - h), over h; `ema`, the student with
+                    averaged, less noisy weights, says f(z, delta - h) in its place if it is given
     """
     F = student(z, delta, y, guidance) if F is None else F
     f, h = z + expand(delta, z) * F, torch.as_tensor(h, device=z.device).expand_as(delta)
     if form == "step":
-        begin = (average or student).map(z, delta - h, y, guidance)
-        return (f - ode_steps(u, begin, 1 - delta + h, h, steps, y)) / expand(h, z)
+        begin = (ema or student).map(z, delta - h, y, guidance)
+        end = solve_ode(u, begin, steps, "rk4", y, t=1 - delta + h, h=h)
+        return (f - end) / expand(h, z)
     if form == "jvp":
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode derivative
             one, delta = torch.ones_like(delta), delta.contiguous()  # jvp refuses an expanded delta
@@ -998,7 +993,7 @@ class Distiller(nn.Module):
     def __init__(self, student, critic, teacher, config):
         super().__init__()
         self.network, self.critic, self.teacher, self.config = student, critic, teacher, config
-        self.average = None  # of the network's weights, if config.ema_target: TrainState keeps it
+        self.ema = None  # the network's average, for config.ema_target: TrainState puts it here
         # E||D_G||, E||D_N|| of the step before, over all processes and micro-batches: train() keeps them
         self.register_buffer("norm_G", torch.zeros(()))
         self.register_buffer("norm_N", torch.zeros(()))
@@ -1032,11 +1027,11 @@ class Distiller(nn.Module):
 
     def predict(self, F, z, delta, y, guidance, h):
         c, u = self.config, guided(self.teacher, guidance, self.config.guidance_interval)
-        D_G = prediction_gradient(self.network, u, z, delta, y, guidance, c.prediction, h, F, self.average,
+        D_G = prediction_gradient(self.network, u, z, delta, y, guidance, c.prediction, h, F, self.ema,
                                   c.step_count)
         size = squared_norm(D_G)
         if c.prediction == "step":
-            D_G = expand(h / delta, D_G) * D_G  # F less the average velocity to where the teacher's step ends
+            D_G = expand(h / delta, D_G) * D_G  # F less the average velocity to where the teacher's steps end
         return (F * decayed(D_G, c)).mean(), size.sqrt().mean(), size.mean()
 
     def correct(self, F, z, delta, y, guidance, r, n):
@@ -1169,7 +1164,7 @@ class Regression(nn.Module):
 
 @torch.no_grad()
 def meanflow_gradient(student, u, x, delta, t, y=None, guidance=None, form="jvp", h=0.005, F=None,
-                      average=None, steps=1):
+                      ema=None, steps=1):
     """D = F + delta dF - u(x, t) of the MeanFlow identity (arXiv 2505.13447), at states x of the times
     t, (B,). Unlike in D_G [9] the end of a path is held while its start moves, and x with it: dF is the
     derivative along (-u, 1, 1) in (x, delta, t); and u is asked at x, which is given, not at f.
@@ -1179,8 +1174,8 @@ def meanflow_gradient(student, u, x, delta, t, y=None, guidance=None, form="jvp"
     F = student(x, delta, y, guidance, t) if F is None else F
     h = torch.as_tensor(h, device=x.device).expand_as(delta)
     if form == "step":
-        end = ode_steps(u, x, t, h, steps, y)
-        rest = (average or student).map(end, delta - h, y, guidance, t - h)
+        end = solve_ode(u, x, steps, "rk4", y, t=t, h=h)
+        rest = (ema or student).map(end, delta - h, y, guidance, t - h)
         return (x + expand(delta, x) * F - rest) / expand(h, x)
     v, one = u(x, t, y), torch.ones_like(delta)
 
@@ -1206,7 +1201,7 @@ class MeanFlow(nn.Module):
     def __init__(self, student, teacher, data, config):
         super().__init__()
         self.network, self.teacher, self.data, self.config = student, teacher, data, config
-        self.average = None  # as in Distiller
+        self.ema = None  # as in Distiller
 
     def draw(self, step):
         c, g, null = self.config, generator(self.config.seed, STUDENT, step), self.data.num_classes
@@ -1229,7 +1224,7 @@ class MeanFlow(nn.Module):
         x = noised(batch["x"], batch["z"], start_time)
         F, u = self.network(x, delta, y, guidance, start_time), guided(self.teacher, guidance)
         D = meanflow_gradient(self.network, u, x, delta, start_time, y, guidance, c.prediction, batch["h"], F,
-                              self.average, c.step_count)
+                              self.ema, c.step_count)
         size = squared_norm(D).mean()
         if c.prediction == "step":
             D = expand(batch["h"] / delta, D) * D
@@ -1262,8 +1257,8 @@ class TrainState:
                 [dict(params=matrices, peak=config.learning_rate)], weight_decay=0.0, ns_steps=3,
                 adjust_lr_fn="match_rms_adamw")
         self.ema = copy.deepcopy(module.network).requires_grad_(False)
-        if config.ema_target and hasattr(module, "average"):
-            module.average = self.ema
+        if config.ema_target and hasattr(module, "ema"):
+            module.ema = self.ema
         self.parts = {**self.networks, "ema": self.ema, **self.optimizers}
         self.parameters = {name: list(part.parameters()) for name, part in self.parts.items()
                            if isinstance(part, nn.Module)}  # to walk through modules takes time
@@ -1272,7 +1267,7 @@ class TrainState:
         """Have the networks recompute their activations, or be compiled, as config says."""
         for network in self.networks.values():
             network.activation_checkpointing = self.config.activation_checkpointing
-        asked = [getattr(self.module, name, None) for name in ("teacher", "average")]
+        asked = [getattr(self.module, name, None) for name in ("teacher", "ema")]
         for network in [*self.networks.values(), *asked]:
             if self.config.compile and isinstance(network, nn.Module):
                 network.compile()

@@ -172,11 +172,19 @@ def test_a_stretch_of_path_begins_where_the_average_says_and_takes_as_many_steps
         stretch = lambda x, s, y: column(h) * u(x, 1 - delta + s * h)  # noqa: E731  s falls from 1 to 0
         end = fmd.solve_ode(stretch, begin, 3, "rk4")
         expected = (z + column(delta) * student(z, delta) - end) / column(h)
-    D_G = fmd.prediction_gradient(student, u, z, delta, form="step", h=h, average=average, steps=3)
+    D_G = fmd.prediction_gradient(student, u, z, delta, form="step", h=h, ema=average, steps=3)
     torch.testing.assert_close(D_G, expected)
     own = fmd.prediction_gradient(student, u, z, delta, form="step", h=h, steps=3)
-    itself = fmd.prediction_gradient(student, u, z, delta, form="step", h=h, average=student, steps=3)
+    itself = fmd.prediction_gradient(student, u, z, delta, form="step", h=h, ema=student, steps=3)
     assert torch.equal(own, itself) and (own - D_G).abs().max() > 1e-3
+
+
+def test_solve_ode_follows_a_stretch_of_path():
+    z, t, h = noise(32, 2, 1, 1), times(32, low=0.5), times(32, low=0.1, seed=1) / 2
+    begin, end = gaussian_flow(z, 1 - t), gaussian_flow(z, 1 - t + h)
+    path = fmd.solve_ode(gaussian_teacher(), begin, 20, "rk4", return_path=True, t=t, h=h)
+    torch.testing.assert_close(path[-1], end, atol=1e-6, rtol=0)
+    torch.testing.assert_close(path[10], gaussian_flow(z, 1 - t + h / 2), atol=1e-6, rtol=0)
 
 
 class TwoTimeGaussianMap(GaussianMap):
@@ -766,7 +774,7 @@ def test_meanflow_by_its_equation(form, steps):
     perturbed(rival.network, 5)
     average = rival.network
     if steps > 1:  # as ema_target would have it
-        average = rival.average = perturbed(copy.deepcopy(rival.network), 6)
+        average = rival.ema = perturbed(copy.deepcopy(rival.network), 6)
     rival.teacher.double()
     batch = rival.draw(3)
     batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
