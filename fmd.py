@@ -117,7 +117,7 @@ class Config:
     # both stages
     group_size: int = option(1, "samples that share time and label; their conditioning is computed once", 1)
     optimizer: str = option("adamw", "of the MLPs' matrices; AdamW has the rest", choices=["adamw", "muon"])
-    warmup: int = option(100, "steps in which the learning rate rises; then it falls linearly to 0", 0)
+    warmup: int = option(100, "steps in which the learning rate rises; it also falls, linearly to 0", 0)
     ema_decay: float = option(0.995, "of the average of the weights, which is what is kept and scored", 0, 1)
     clip: float = option(1.0, "largest gradient norm, of each network by itself", 1e-12)
     label_dropout: float = option(0.1, "share of labels replaced by the null label", 0, 1)
@@ -137,9 +137,9 @@ class Config:
     learning_rate: float = option(1e-4, "peak", 0)
     prediction: str = option("step", "form of the derivative", choices=["step", "jvp", "difference"])
     delta_power: float = option(1.0, "delta = 1 - U(0, 1)^delta_power; above 1: more near 1, the data", 0.1)
-    step_size: float = option(0.25, "longest stretch of path of the form 'step'", 1e-4, 1)
+    step_size: float = option(0.25, "longest stretch of the form 'step'; half of it is the shortest", 1e-4, 1)
     step_count: int = option(1, "RK4 steps of the teacher over a stretch", 1)
-    end_share: float = option(0.0, "share of the stretches that end at delta = 1, as samples do", 0, 1)
+    end_share: float = option(0.0, "of the stretches of the form 'step', at delta = 1, as samples are", 0, 1)
     ema_target: bool = option(False, "a stretch begins where the student's averaged weights say, which are "
                               "less noisy")
     difference_size: float = option(0.005, "half-width of the form 'difference'", 1e-5, 0.5)
@@ -1031,7 +1031,7 @@ class Distiller(nn.Module):
                                   c.step_count)
         size = squared_norm(D_G)
         if c.prediction == "step":
-            D_G = expand(h / delta, D_G) * D_G  # F less the average velocity to where the teacher's steps end
+            D_G = expand(h / delta, D_G) * D_G  # that of f over delta: what F itself is off by
         return (F * decayed(D_G, c)).mean(), size.sqrt().mean(), size.mean()
 
     def correct(self, F, z, delta, y, guidance, r, n):
@@ -1338,9 +1338,10 @@ def micro_batches(config, world, name="--batch-size"):
     """Into how many pieces each of `world` processes cuts its share of a batch: the fewest that keep to
     config.micro_batch_size, all alike, so that a mean over pieces is one over the batch. Raises UserError."""
     size, limit, g = config.batch_size, config.micro_batch_size or math.inf, config.group_size
+    corrects = config.correction_share if config.method == "prior" else 0
 
     def fewest(size):
-        m = round(size * config.correction_share / g)  # groups that correct
+        m = round(size * corrects / g)  # groups that correct
         return next((k for k in range(1, size // (g * world) + 1)
                      if m % (world * k) == (size // g - m) % (world * k) == 0
                      and size / (world * k) <= limit), None)
@@ -2146,6 +2147,11 @@ def train_teacher(data, config, out, device, resume=None):
     return run_stage("teacher", FlowMatching(network), draw, config, out, resume)
 
 
+def fingerprint(network):
+    """A number that tells networks apart: a checksum of the last layer's weights."""
+    return zlib.crc32(network.final_layer.linear.weight.detach().cpu().numpy().tobytes())
+
+
 def train_student(start, config, out, teacher_file, resume=None, data=None):
     """Stage 2: distillation of `start` (or its closed form), from the prior alone unless the method is
     meanflow, which needs data. Returns the checkpoint."""
@@ -2158,8 +2164,8 @@ def train_student(start, config, out, teacher_file, resume=None, data=None):
     def score(student):
         return relative_error(jump(student, z, y, strength), phi)
 
-    teacher = str(teacher_file.resolve())
-    return run_stage("student", distiller, distiller.draw, c, out, resume, score, teacher=teacher)
+    teacher = dict(teacher=str(teacher_file.resolve()), fingerprint=fingerprint(start))
+    return run_stage("student", distiller, distiller.draw, c, out, resume, score, **teacher)
 
 
 SAMPLE_BLOCK = 500  # samples that one process draws in one go, from a noise of their own, into a file
@@ -2184,7 +2190,7 @@ def write_samples(student, config, out, n, classes=None, seed=0, vae=None, resum
     parts, settings = out / "samples.parts", json.dumps(dict(
         samples=n, classes=classes, seed=seed, guidance=config.strength, labels=config.score_labels,
         vae=vae and vae.config.get("_name_or_path"),
-        student=zlib.crc32(student.final_layer.linear.weight.cpu().numpy().tobytes())))
+        student=fingerprint(student)))
     kept = parts / "settings.json"
     if resume and kept.exists() and kept.read_text() != settings:
         raise UserError(f"{parts} holds samples of another student or of other settings: give the command "
@@ -2421,9 +2427,11 @@ def run_training(args, given):
     own_teacher = not args.teacher and args.stage != "distill" and (
         teacher_file.resolve() == (out / "teacher.pt").resolve())
     if resume["student"]:
-        config = settle(given, resume["student"]["config"], ["steps"])
+        began = resume["student"]["config"]
+        grows = began.method != "regression"  # its steps decide how many pairs it has
+        config = settle(given, began, ["steps"] if grows else [])
         if resume["student"]["step"] == config.steps and (out / "metrics.json").exists():
-            return print(f"{out} is finished: a larger --steps goes on with it")
+            return print(f"{out} is finished" + ": a larger --steps goes on with it" * grows)
     elif resume["teacher"] and own_teacher:
         config = settle(given, resume["teacher"]["config"], ["steps", "teacher_steps"])
 
@@ -2434,6 +2442,10 @@ def run_training(args, given):
     else:
         teacher, start = open_teacher(teacher_file, device, config.teacher_format)
         data, is_latent = None, start.shape[0] == 4
+        known = fingerprint(start)
+        if resume["student"] and resume["student"].get("fingerprint", known) != known:
+            raise UserError(f"{out / 'student.pt'} began with another teacher than {teacher_file}: give that "
+                            "one, or start anew with --overwrite", 2)
         names = ["dataset", "toy", *SIZES]  # the teacher decides
         settle({k: v for k, v in given.items() if k in names}, teacher["config"])
         config = dataclasses.replace(config, **{k: getattr(teacher["config"], k) for k in names})

@@ -1515,7 +1515,7 @@ def test_threads_are_no_more_than_asked_for(tmp_path):
     assert json.loads((tmp_path / "metrics.json").read_text())["threads"] == 1
 
 
-def test_regression_end_to_end_and_resumed(finished, tmp_path):
+def test_regression_end_to_end_and_repeated(finished, tmp_path, capsys):
     flags = ["--stage", "distill", "--teacher", finished / "teacher.pt", "--method", "regression", *TINY]
     run(*flags, "--out", tmp_path / "a")
     metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
@@ -1525,6 +1525,10 @@ def test_regression_end_to_end_and_resumed(finished, tmp_path):
     again = torch.load(tmp_path / "b" / "student.pt", weights_only=True)
     assert all(torch.equal(checkpoint["ema"][k], again["ema"][k]) for k in again["ema"])
     assert not any(k.startswith(("z", "phi")) for k in checkpoint["buffers"])  # pairs are solved again
+    line = run("--out", tmp_path / "a", "--resume", "--steps", "99", status=2, capsys=capsys)
+    assert "--steps 99 contradicts" in line  # more steps would be other pairs
+    run("--out", tmp_path / "a", "--resume")
+    assert capsys.readouterr().out.rstrip().endswith("is finished")
 
 
 def test_meanflow_end_to_end_and_resumed(finished, tmp_path, monkeypatch, capsys):
@@ -1833,6 +1837,18 @@ def test_other_settings_are_refused_by_resume_and_named(finished, tmp_path, caps
         capsys=capsys,
     )
     assert "--toy moons contradicts checkerboard" in line
+
+
+def test_a_student_does_not_go_on_with_another_teacher(finished, tmp_path, capsys):
+    run("--stage", "teacher", *TINY, "--seed", "1", "--out", tmp_path / "other")
+    run("--stage", "distill", "--teacher", finished / "teacher.pt", *TINY, "--out", tmp_path / "run")
+    flags = ["--out", tmp_path / "run", "--resume", "--steps", "50"]
+    before = (tmp_path / "run" / "student.pt").read_bytes()
+    line = run(*flags, "--teacher", tmp_path / "other" / "teacher.pt", status=2, capsys=capsys)
+    assert "began with another teacher" in line and (tmp_path / "run" / "metrics.json").exists()
+    assert (tmp_path / "run" / "student.pt").read_bytes() == before
+    (tmp_path / "moved.pt").write_bytes((finished / "teacher.pt").read_bytes())
+    run(*flags, "--teacher", tmp_path / "moved.pt")
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(
@@ -2788,6 +2804,8 @@ def test_micro_batches_are_as_few_as_fit_and_alike():
         count(2, correction_share=0.0, batch_size=6) == 1
         and count(3, correction_share=1.0, batch_size=6) == 1
     )
+    for method in ("meanflow", "regression"):  # which have nothing to split
+        assert count(2, method=method, batch_size=6, correction_share=0.5) == 1
     for world, settings, better in (
         (6, {}, 264),
         (1, dict(micro_batch_size=1), None),
@@ -2900,9 +2918,10 @@ def test_bfloat16_is_near_float32_and_keeps_float32_weights(form, latent_start):
 @pytest.mark.skipif(
     not any(shutil.which(c) for c in ("g++", "clang++", "cl")), reason="compiling needs a compiler"
 )
-def test_compiled_networks_agree(latent_start):
-    plain = distill_some(latent_start, prediction="jvp")
-    found = distill_some(latent_start, prediction="jvp", compile=True)
+@pytest.mark.parametrize("how", [dict(prediction="jvp"), dict(prediction="step", ema_target=True)])
+def test_compiled_networks_agree(how, latent_start):
+    plain = distill_some(latent_start, **how)
+    found = distill_some(latent_start, **how, compile=True)
     close(plain[0], found[0], 1e-3)
     close(plain[1], found[1], 1e-3)
 
