@@ -526,8 +526,8 @@ def named(**layers):
 
 
 def float32(x):
-    """A context without autocast, for both ends of the network: they cost little, and in bfloat16 they alone
-    would make a third of the error of D_G."""
+    """A context without autocast, for what embeds times and for the last layer: they cost little, and in
+    bfloat16 they alone would make a third of the error of D_G."""
     on = torch.is_autocast_enabled(x.device.type)
     return torch.autocast(x.device.type, enabled=False) if on else contextlib.nullcontext()
 
