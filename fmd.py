@@ -1031,7 +1031,7 @@ class Distiller(nn.Module):
                                   c.step_count)
         size = squared_norm(D_G)
         if c.prediction == "step":
-            D_G = expand(h / delta, D_G) * D_G  # that of f over delta: what F itself is off by
+            D_G = expand(h / delta, D_G) * D_G  # (f - end) / delta: what F itself is off by
         return (F * decayed(D_G, c)).mean(), size.sqrt().mean(), size.mean()
 
     def correct(self, F, z, delta, y, guidance, r, n):
