@@ -1446,7 +1446,9 @@ def claim_folder(config, **sources):
 
 
 def new_network(data, config):
-    """A DiT for this data. Its first weights follow from the seed."""
+    """A DiT for this data. Its first weights follow from the seed. Raises UserError."""
+    if data.shape[1] % config.patch_size:
+        raise UserError(f"--patch-size {config.patch_size} does not divide {data.shape[1]}", 2)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(config.seed, WEIGHTS).initial_seed())
         return DiT(data.shape[1], data.shape[0], data.num_classes, config.hidden_size, config.depth,
@@ -1454,17 +1456,24 @@ def new_network(data, config):
                    center=getattr(data, "center", None), scale=getattr(data, "scale", None))
 
 
+def open_teacher(given):
+    """The network of --teacher. What it decides is added to `given`. Raises UserError."""
+    path, form = given["teacher"], given.get("teacher_format", "")
+    network, file = load_network(path, "teacher", form=form)
+    if RANK == 0:
+        print(f"{path}: {file.get('format', 'fmd')}, {network.settings}")
+    known = {"dataset": "imagenet", "toy": TOYS[0], **file.get("config", {}), **network.settings}
+    for name in ("dataset", "toy", "hidden_size", "depth", "num_heads", "patch_size"):
+        if given.setdefault(name, known[name]) != known[name]:
+            raise UserError(f"{flag(name)} {given[name]}: this teacher has {known[name]}", 2)
+    return network
+
+
 def run_training(given):
     """Train a teacher, distill it, compare the two."""
     start, data, sources = None, None, {}
     if given.get("teacher"):
-        form = given.get("teacher_format", "")
-        start, file = load_network(given["teacher"], "teacher", form=form)
-        print(f"{given['teacher']}: {file.get('format', 'fmd')}, {start.settings}")
-        known = {"dataset": "imagenet", "toy": TOYS[0], **file.get("config", {}), **start.settings}
-        for name in ("dataset", "toy", "hidden_size", "depth", "num_heads", "patch_size"):
-            if given.setdefault(name, known[name]) != known[name]:
-                raise UserError(f"{flag(name)} {given[name]}: this teacher has {known[name]}", 2)
+        start = open_teacher(given)
         sources["teacher"] = start.final_layer.linear.weight
     config = make_config(**given)
     with explained(f"--device {config.device} is not available on this machine: give cpu"):
@@ -1472,6 +1481,8 @@ def run_training(given):
     if start is None or config.dataset == "toy2d":
         data = open_data(config)
         sources["data"] = data.draw(64, generator(0))[0]
+    if start is None:
+        network = new_network(data, config)
     if config.exact_teacher and len(getattr(data, "means", range(9999))) > GaussianMixture.MOST:
         raise UserError("--exact-teacher: only toys have one, with 2000 points at most", 2)
     micro_batches(config, config.batch_size - config.corrections, config.corrections)
@@ -1485,7 +1496,7 @@ def run_training(given):
     if start is None:
         first = dataclasses.replace(config, steps=config.teacher_steps,
                                     learning_rate=config.teacher_learning_rate)
-        module = FlowMatching(new_network(data, config).to(device), data, first)
+        module = FlowMatching(network.to(device), data, first)
         start, log = run_stage("teacher", module, first, out[0])
     if config.stage == "all":
         exact = copy.deepcopy(data).to(device) if config.exact_teacher else None
