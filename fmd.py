@@ -218,7 +218,8 @@ def correction_gradient(v_N, u, x_r, r, y=None):
     v_N: the student's noising velocity at x_r, which is the velocity of its own noised samples.
     With D_N held constant, F(z, 1)^T D_N has the gradient of KL(student's x_r || teacher's x_r)
     [10], up to a weight (1 - r)^2 / r, because score and velocity determine each other:
-    score = ((1 - r) u - x_r) / r.
+    score = ((1 - r) u - x_r) / r. D_N need not vanish for a perfect student: a guided or learned u
+    is not exactly the velocity of what its own ODE generates.
     """
     return v_N - u(x_r, r, y)  # [11]
 
@@ -241,10 +242,10 @@ class Distiller(nn.Module):
     """The paper's loss. forward is one training step: predict, correct, and train the critic.
 
     network: a velocity network, read as the student's F; critic: another, which learns v_N. Both
-    start as copies of the teacher, see make_distiller. teacher: u(x, t, y), never changed; config:
-    see Config; mean: averages a tensor over processes. average: a FlowMap with averaged weights,
-    or None. The correction has a guidance interval of its own: in the paper [0, 0.7] gives FID 5.6
-    and [0, 1] 8.7, since a guided velocity is that of no noised samples.
+    start as copies of the teacher: v_N = u is right as soon as the student is. teacher: u(x, t, y),
+    never changed; config: see Config; mean: averages a tensor over processes. average: a FlowMap
+    with averaged weights, or None. The correction has a guidance interval of its own: in the paper
+    [0, 0.7] gives FID 5.6 and [0, 1] 8.7. A guided u is not the velocity of any noised samples.
     """
 
     def __init__(self, network, critic, teacher, config, mean=lambda v: v):
@@ -287,9 +288,8 @@ class Distiller(nn.Module):
                 # makes the correction fade as the prediction succeeds.
                 norms = self.mean(torch.stack([norm_G, mean_square(D_N).sqrt().mean()]))
                 balance = c.alpha * norms[0] / (norms[1] + EPS)
-            # D_N need not vanish for a perfect student: a guided or learned u is not exactly the
-            # velocity of what its own ODE generates.
-            loss = loss + balance * (F * D_N).mean() + critic_loss  # [10]
+            loss = loss + balance * (F * D_N).mean()  # [10]
+            loss = loss + critic_loss  # the critic's own; it has no gradient in the student
             metrics["correction"] = mean_square(D_N).mean()
             metrics["critic"] = critic_loss.detach()
             metrics["lambda"] = torch.as_tensor(balance, device=r.device)
@@ -1465,8 +1465,8 @@ def open_teacher(given):
     """The network of --teacher. What it decides is added to `given`. Raises UserError."""
     if given.get("stage") == "teacher":
         raise UserError("--stage teacher trains a teacher: remove --teacher", 2)
-    path, form = given["teacher"], given.get("teacher_format", "")
-    network, file = load_network(path, "teacher", form=form)
+    path = given["teacher"]
+    network, file = load_network(path, "teacher", form=given.get("teacher_format", ""))
     if RANK == 0:
         print(f"{path}: {file.get('format', 'fmd')}, {network.settings}")
     known = {"dataset": "imagenet", "toy": TOYS[0], **file.get("config", {}), **network.settings}
