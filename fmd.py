@@ -728,7 +728,8 @@ def to_view(x, network, vae=None):
     as they are, latents decoded by an autoencoder, or three of their channels without one."""
     if network.settings["center"] is not None:
         scale = torch.tensor(network.settings["scale"], dtype=torch.float64)[:, None, None]
-        return x.cpu() * scale + torch.tensor(network.settings["center"])[:, None, None]
+        center = torch.tensor(network.settings["center"], dtype=torch.float64)[:, None, None]
+        return x.cpu() * scale + center
     if vae is not None:
         x = torch.cat([vae.decode(part / LATENT_SCALE).sample.cpu() for part in x.split(8)])
     elif x.shape[1] == 4:
@@ -834,7 +835,7 @@ class Config:
         for f in dataclasses.fields(self):
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
             numbers = [v for v in np.atleast_1d(value).tolist() if not isinstance(v, str)]
-            if not all(low <= v <= high for v in numbers):
+            if not all(low <= v <= high and math.isfinite(v) for v in numbers):
                 raise UserError(f"{flag(f.name)} {value}: give numbers from {low} to {high}", 2)
         self.corrections = round(self.batch_size * self.correction_share)  # rows that correct
         self.is_guided = self.guidance_max > 1  # then the strength is an input of the student
@@ -1104,7 +1105,8 @@ def run_stage(kind, module, config, out, score=None):
         bar.update()
         if is_last or step % CHECKPOINT_INTERVAL == 0:
             state.keep(path)
-        if is_last and step < config.steps:
+        if received > 0:
+            bar.close()
             raise UserError(f"interrupted: {path} holds step {step} of {config.steps}. The same "
                             "command continues")
     bar.close()
@@ -1487,7 +1489,8 @@ def run_training(given):
         device = torch.zeros(1, device=config.device).device
     if start is None or config.dataset == "toy2d":
         data = open_data(config)
-        sources["data"] = data.draw(64, generator(0))[0]
+        units = [*(getattr(data, "center", None) or []), *(getattr(data, "scale", None) or [])]
+        sources["data"] = torch.cat([data.draw(64, generator(0))[0].flatten(), torch.tensor(units)])
     if start is None:
         network = new_network(data, config)
     if config.exact_teacher and len(getattr(data, "means", range(9999))) > GaussianMixture.MOST:
@@ -1532,7 +1535,8 @@ def run_sampling(given):
     y, strength = conditions(network, config, config.samples)
     if config.classes:
         with explained(f"--classes: give labels below {network.num_classes}, such as 0,1"):
-            labels = [range(network.num_classes)[int(label)] for label in config.classes.split(",")]
+            known = range(network.num_classes)
+            labels = [known.index(int(label)) for label in config.classes.split(",")]
         y = torch.tensor(labels, device=y.device)[torch.arange(config.samples) % len(labels)]
     write_samples(network, y.expand(config.samples), strength, config, out, vae)
 

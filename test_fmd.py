@@ -854,7 +854,7 @@ def test_the_folder_is_the_run(finished, tmp_path, monkeypatch, capsys):
     # data of the same name with other contents, and another teacher
     np.save("p.npy", np.random.default_rng(0).normal(size=(50, 2)))
     run("--toy", "p.npy", "--out", "own", *TINY)
-    np.save("p.npy", np.random.default_rng(1).normal(size=(50, 2)))
+    np.save("p.npy", 3 * np.random.default_rng(0).normal(size=(50, 2)))  # scaled
     assert "--data" in run("--toy", "p.npy", "--out", "own", *TINY, status=2, capsys=capsys)
     few = [*TINY[2:6], *TINY[10:]]
     run("--teacher", finished / "teacher.pt", "--out", "given", *few)
@@ -944,7 +944,7 @@ def test_points_are_standardised_and_mapped_back(tmp_path):
     assert_close(a.means, b.means, atol=1e-4, rtol=0)
     network = fmd.new_network(b, fmd.make_config(toy="b.npy", hidden_size=16))
     back = fmd.to_view(b.means[:, :, None, None], network)[:, :, 0, 0].numpy()
-    np.testing.assert_allclose(back, x * [1e6, 1e-3] + [1e9, 5.0], rtol=1e-6)
+    np.testing.assert_allclose((back - [1e9, 5.0]) / [1e6, 1e-3], x, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["missing", "npz", "shape", "constant", "nan", "text"])
@@ -974,7 +974,7 @@ def test_the_sample_stage(finished, capsys):
     run(*flags, 7, "--seed", 5)
     other = np.load(finished / "samples.npz")
     assert other["arr_1"].tolist() == [8] * 7 and np.abs(other["arr_0"] - found["arr_0"]).min() > 0
-    assert "below 8" in run(*flags, 7, "--classes", "9", status=1, capsys=capsys)
+    assert "below 8" in run(*flags, 7, "--classes", "-1", status=1, capsys=capsys)
     assert "--guidance" in run(*flags, 7, "--guidance", "3", status=2, capsys=capsys)
     assert "student" in run("--stage", "sample", "--out", "nowhere", status=1, capsys=capsys)
 
@@ -984,6 +984,7 @@ BAD_COMMANDS = [
     (["--dataset", "nothing"], "toy2d"), (["--toy", "nothing"], "checkerboard"),
     (["--steps", "0"], "--steps"), (["--steps", "many"], "--steps"),
     (["--batch-size", "0"], "--batch-size"), (["--learning-rate", "nan"], "--learning-rate"),
+    (["--learning-rate", "inf"], "--learning-rate"),
     (["--correction-share", "1.5"], "--correction-share"), (["--hidden-size", "30"], "multiple"),
     (["--prediction", "guess"], "jvp"), (["--recipe", "best"], "fast"),
     (["--seed", "-1"], "--seed"),
