@@ -43,16 +43,17 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as nnf  # not F: that is the student's average velocity
 from matplotlib.animation import FuncAnimation
+from matplotlib.figure import Figure
 from torch import distributed, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
@@ -185,7 +186,7 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     """
     if F is None:
         F = student.F(z, delta, y, guidance)
-    h = torch.as_tensor(h, device=z.device).expand_as(delta)
+    h = torch.as_tensor(h, device=z.device).view(-1)
     f = z + expand(delta) * F
     if form == "step":
         start = (average or student).f(z, delta - h, y, guidance)
@@ -382,13 +383,15 @@ class GaussianMixture(nn.Module):
 
     def coverage(self, x):
         """Of points x (N, d, 1, 1): the share outside, farther than 3.5 blurs from every component;
-        and of the label with the fewest points inside, their number relative to its due."""
+        and the points inside with the rarest label, as a share of those that are due to it."""
+        if len(self.means) > self.MOST:
+            return {}
         near = [torch.cdist(part, self.means).min(1) for part in x.flatten(1).split(2000)]
         outside = torch.cat([part.values for part in near]) > 3.5 * self.blur
         k = torch.cat([part.indices for part in near])[~outside]
         due = self.labels.bincount() * len(x) / len(self.labels)
-        emptiest = (self.labels[k].bincount(minlength=len(due)) / due).min()
-        return {"outside": outside.float().mean().item(), "emptiest": emptiest.item()}
+        rarest = (self.labels[k].bincount(minlength=len(due)) / due).min()
+        return {"outside": outside.float().mean().item(), "rarest label": rarest.item()}
 
 
 class FlowMatching(nn.Module):
@@ -577,34 +580,52 @@ class DiT(nn.Module):
 # What differs is folded into their weights: u(x, t) = SiT(x, 1 - t) = -REPA(x, t).
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of S, B, L, XL by width: files do not tell
+WEIGHTS_IN = ("ema", "model_ema", "ema_model", "ema_state_dict", "shadow",  # averages come first
+              "model", "state_dict", "model_state_dict")
 
 
-def read_public(file, form=""):
-    """A SiT or REPA file as {"format", "network": settings of a DiT, "ema": tensors of u(x, t)}.
+def unwrap(file):
+    """Of a training script's file: the tensors, the key that held them, and settings, as a dict.
+    Raises ValueError if these tell of another kind of model."""
+    key, tensors = "", file
+    while nested := [k for k in WEIGHTS_IN if isinstance(tensors.get(k), dict)]:
+        key, tensors = f"{key}[{nested[0]}]", tensors[nested[0]]
+    prefix = re.compile(r"^((module|_orig_mod|model)\.)+")  # of DDP, torch.compile and others
+    tensors = {prefix.sub("", name): v for name, v in tensors.items()}
+    said = file.get("args", {})
+    if isinstance(said, argparse.Namespace):
+        said = vars(said)
+    said = {k: v for k, v in {**file, **said}.items() if not isinstance(v, dict)}
+    words = [str(said.get(k, "")) for k in ("prediction", "path_type", "model")]
+    if (words[0] not in ("", "velocity", "v") or words[1].lower() not in ("", "linear")
+            or words[2].startswith("DiT")):
+        raise ValueError(f"it was trained with prediction, path type, model {words}; give one that "
+                         "predicts velocities of the linear path")
+    return tensors, key, said
 
-    file: a state dict, or a training script's dict, of which "ema" is used. form: "sit" or "repa".
-    Raises ValueError if neither form nor file tells, and KeyError for other files.
+
+def read_public(file, form="", num_heads=0):
+    """A SiT or REPA file as {"ema": tensors of u(x, t), "network": settings of a DiT, "format",
+    "has_null": whether there is a null label}.
+
+    file: a state dict, or a training script's dict. form: "sit" or "repa". num_heads: 0 if not
+    known. Raises ValueError if neither form nor file tells, and KeyError for other files.
     """
-    tensors = file.get("ema") or file.get("model") or file
-    tensors = {name.removeprefix("module."): v for name, v in tensors.items()}
+    tensors, key, said = unwrap(file)
     _, C, p, _ = tensors["x_embedder.proj.weight"].shape
     outputs = ["final_layer.linear.weight", "final_layer.linear.bias"]
-    said = getattr(file.get("args"), "prediction", "")  # by the settings of a training script
-    path_type = getattr(file.get("args"), "path_type", "linear")
-    if said not in ("", "velocity", "v") or path_type.lower() != "linear":
-        raise ValueError(f"it was trained with prediction {said}, path type {path_type}; give one "
-                         "that predicts velocities of the linear path")
+    kind = said.get("prediction", "")
     # SiT has twice the output channels, of which the second half is unused. REPA has projectors.
-    is_sit = form == "sit" or said == "velocity" or len(tensors[outputs[1]]) == 2 * C * p * p
+    is_sit = form == "sit" or kind == "velocity" or len(tensors[outputs[1]]) == 2 * C * p * p
     marks = [name for name in tensors if name.startswith(("projectors.", "decoder_blocks."))]
-    if is_sit == bool(form == "repa" or said == "v" or marks):
+    if is_sit == bool(form == "repa" or kind == "v" or marks):
         raise ValueError("it has marks of both SiT and REPA, or of none; they differ in sign and "
                          "time, so give the right --teacher-format")
     encoder = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     for name in marks:
-        kind, i, rest = name.split(".", 2)
+        part, i, rest = name.split(".", 2)
         v = tensors.pop(name)
-        if kind == "decoder_blocks":  # of older files: the later blocks
+        if part == "decoder_blocks":  # of older files: the later blocks
             tensors[f"blocks.{int(i) + encoder}.{rest}"] = v
     if is_sit:  # cos w(1 - t) = cos w cos wt + sin w sin wt, and the sine likewise
         w = torch.exp(-math.log(10000) / 128 * torch.arange(128, dtype=torch.float64))
@@ -614,14 +635,20 @@ def read_public(file, form=""):
     for name in outputs:
         used = tensors[name].unflatten(0, (p * p, -1))[:, :C].flatten(0, 1)
         tensors[name] = used if is_sit else -used
-    form = "SiT" if is_sit else "REPA"
-    return {"format": form, "network": infer_settings(tensors), "ema": tensors}
+    table = tensors["y_embedder.embedding_table.weight"]
+    classes = said.get("num_classes", 1000 if len(table) == 1000 else len(table) - 1)
+    if len(table) == classes:  # labels were never dropped: a row for null, which is not used
+        tensors["y_embedder.embedding_table.weight"] = torch.cat([table, table.mean(0)[None]])
+    dropout = said.get("class_dropout_prob", said.get("cfg_prob", 0.1))
+    return {"format": f"{'SiT' if is_sit else 'REPA'}{key}", "ema": tensors,
+            "network": infer_settings(tensors, num_heads),
+            "has_null": len(table) > classes and dropout > 0}
 
 
-def infer_settings(tensors):
+def infer_settings(tensors, num_heads=0):
     """Settings of a DiT with these tensors. The number of heads is a guess for unknown widths."""
     D, C, p, _ = tensors["x_embedder.proj.weight"].shape
-    heads = HEADS.get(D, max(1, D // 64))
+    heads = num_heads or HEADS.get(D, max(1, D // 64))
     qk_norm = "blocks.0.attn.q_norm.weight" in tensors
     if qk_norm:
         heads = D // len(tensors["blocks.0.attn.q_norm.weight"])
@@ -675,6 +702,8 @@ def load_points(path):
 class ImageData:
     """Labelled images (N, C, H, W): uint8 pictures, drawn in [-1, 1], or latents as they are."""
 
+    center = scale = None
+
     def __init__(self, images, labels, num_classes, mirrored=False):
         self.images, self.labels = images, torch.as_tensor(labels, dtype=torch.int64)
         self.num_classes, self.mirrored = num_classes, mirrored
@@ -683,29 +712,48 @@ class ImageData:
     def draw(self, n, g):
         i = torch.randint(len(self.labels), (n,), generator=g)
         x = torch.from_numpy(self.images[i.numpy()].astype(np.float32))
+        for row in i[~(x.flatten(1).std(1) > 0)]:
+            raise UserError(f"row {row} of the data is constant or not finite: remove it")
         if self.images.dtype == np.uint8:
             x = x / 127.5 - 1
         if self.mirrored:  # half of them
             x = torch.where(torch.rand(n, 1, 1, 1, generator=g) < 0.5, x, x.flip(3))
         return x, self.labels[i]
 
+    def coverage(self, x):  # where pictures may lie is not known
+        return {}
+
+
+def load_latents(path):
+    """Latents FILE.npy (N, C, S, S), which stay on the disk, and labels FILE_labels.npy (N,). The
+    labels that occur become 0, 1, ... in their order."""
+    x = np.load(path, mmap_mode="r", allow_pickle=False)
+    y = np.load(path.removesuffix(".npy") + "_labels.npy", allow_pickle=False)
+    is_square = x.shape == (*y.shape, x.shape[1], x.shape[-1], x.shape[-1])
+    if not is_square or x.dtype.kind != "f" or y.dtype.kind not in "iu":
+        raise ValueError(f"{x.dtype} of shape {x.shape}, labels {y.dtype} of shape {y.shape}")
+    if x.shape[1] == 8:
+        raise ValueError("8 channels are means and deviations: give samples of the posterior")
+    spread = x[:: math.ceil(len(x) / 256)].astype(np.float32).std()
+    if not 0.4 < spread < 2.5:
+        raise ValueError(f"their standard deviation is {spread:.3g}, not near 1: multiply them by "
+                         "the scaling_factor of their autoencoder")
+    classes, y = np.unique(y, return_inverse=True)
+    if RANK == 0:
+        print(f"{path}: {len(classes)} classes, labels {classes[0]} to {classes[-1]}, which are "
+              f"0 to {len(classes) - 1} here")
+    return ImageData(x, y, len(classes))
+
 
 def open_data(config):
     """The data of a run: a toy; MNIST or CIFAR-10, which torchvision downloads into --data if they
-    are not there; or latents FILE.npy (N, 4, S, S), which stay on the disk, with N labels from 0 to
-    999 in FILE_labels.npy. Raises UserError."""
+    are not there; or latents. Raises UserError."""
     if config.dataset == "toy2d":
         return make_toy(config.toy) if config.toy in TOYS else load_points(config.toy)
     if config.dataset == "imagenet":
-        with explained("--dataset imagenet: give a --teacher, or --data FILE.npy with N x 4 x S x S"
-                       " latents, and their labels from 0 to 999 in FILE_labels.npy"):
-            x = np.load(config.data, mmap_mode="r", allow_pickle=False)
-            y = np.load(config.data.removesuffix(".npy") + "_labels.npy", allow_pickle=False)
-            if x.shape != (len(y), 4, x.shape[-1], x.shape[-1]) or x.dtype.kind != "f":
-                raise ValueError(f"{x.dtype} of shape {x.shape}, labels of shape {y.shape}")
-            if y.dtype.kind not in "iu" or not 0 <= y.min() <= y.max() <= 999:
-                raise ValueError(f"labels are {y.dtype} from {y.min()} to {y.max()}")
-        return ImageData(x, y, int(y.max()) + 1)
+        with explained("--dataset imagenet: give a --teacher, or --data FILE.npy with N x C x S x S"
+                       " latents, and their integer labels in FILE_labels.npy"):
+            return load_latents(config.data)
     with explained(f"{config.dataset} is not in --data {config.data} and cannot be downloaded: go "
                    "online, remove damaged files there, or give another folder"):
         source = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}[config.dataset]
@@ -713,26 +761,19 @@ def open_data(config):
             source(config.data, download=True)
         mean_over_processes(torch.zeros(1))
         found = source(config.data)
-        x = torch.as_tensor(found.data).numpy()
-        x = x.reshape(len(found.targets), *x.shape[1:3], -1)
-    x = x.transpose(0, 3, 1, 2)  # (N, C, H, W)
+    x = torch.as_tensor(found.data).numpy()
+    x = x.reshape(len(found.targets), *x.shape[1:3], -1).transpose(0, 3, 1, 2)  # (N, C, H, W)
     return ImageData(x, found.targets, 10, mirrored=config.dataset == "cifar10")
 
 
-LATENT_SCALE = 0.18215  # of Stable Diffusion's autoencoder; latents have a spread near 1
-
-
-@torch.no_grad()
-def to_view(x, network, vae=None):
+def to_view(x, network):
     """Samples as they are looked at, on the CPU: points in the coordinates of their data, pictures
-    as they are, latents decoded by an autoencoder, or three of their channels without one."""
+    as they are, three channels of latents."""
     if network.settings["center"] is not None:
         scale = torch.tensor(network.settings["scale"], dtype=torch.float64)[:, None, None]
         center = torch.tensor(network.settings["center"], dtype=torch.float64)[:, None, None]
         return x.cpu() * scale + center
-    if vae is not None:
-        x = torch.cat([vae.decode(part / LATENT_SCALE).sample.cpu() for part in x.split(8)])
-    elif x.shape[1] == 4:
+    if x.shape[1] > 3:
         x = x[:, :3] / 2
     return x.cpu()
 
@@ -785,6 +826,7 @@ class Config:
     data: str = option("data", "folder of MNIST and CIFAR-10, or ImageNet latents FILE.npy")
     teacher: str = option("", "distill this file of fmd, SiT or REPA; train no teacher")
     teacher_format: str = option("", "of a file that does not tell", choices=["", "sit", "repa"])
+    trust_teacher: bool = option(False, "distill a teacher whose samples do not look like data")
     exact_teacher: bool = option(False, "distill the exact velocity of a toy")
     # network: teacher, student and critic
     hidden_size: int = option(48, "width", 8)
@@ -824,19 +866,20 @@ class Config:
     micro_batch_size: int = option(0, "most samples a process holds at once; 0: no limit", 0)
     activation_checkpointing: bool = option(False, "recompute activations to save memory")
     compile: bool = option(False, "torch.compile the networks")
-    threads: int = option(0, "threads of the CPU; 0: torch decides", 0)
     # results
-    eval_samples: int = option(20000, "samples of each set in SW2", 4)
+    eval_samples: int = option(10000, "samples of each set in SW2", 4)
     samples: int = option(4096, "with --stage sample: how many", 1)
     classes: str = option("", "with --stage sample: labels, such as 0,1,2")
-    vae: str = option("stabilityai/sd-vae-ft-ema", "decodes latents: name, folder or none")
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
             numbers = [v for v in np.atleast_1d(value).tolist() if not isinstance(v, str)]
-            if not all(low <= v <= high and math.isfinite(v) for v in numbers):
+            is_in_range = all(low <= v <= high and math.isfinite(v) for v in numbers)
+            if not is_in_range or numbers != sorted(numbers):  # of intervals the lower end first
                 raise UserError(f"{flag(f.name)} {value}: give numbers from {low} to {high}", 2)
+            if value not in (f.metadata["choices"] or [value]):
+                raise UserError(f"{flag(f.name)} {value}: give {f.metadata['choices']}", 2)
         self.corrections = round(self.batch_size * self.correction_share)  # rows that correct
         self.is_guided = self.guidance_max > 1  # then the strength is an input of the student
         if self.toy not in TOYS and not self.toy.endswith(".npy"):
@@ -851,9 +894,9 @@ class Config:
 
 # Settings that may differ when a run continues: they change its speed (micro-batches also lambda,
 # which each of them computes from its own rows) or what is measured.
-FREE = {"recipe", "quick", "stage", "out", "debug", "data", "teacher", "learning_rate", "device",
-        "teacher_learning_rate", "critic_learning_rate", "guidance", "micro_batch_size", "compile",
-        "activation_checkpointing", "threads", "eval_samples", "samples", "classes", "vae"}
+FREE = {"recipe", "quick", "stage", "out", "debug", "data", "teacher", "trust_teacher", "guidance",
+        "learning_rate", "teacher_learning_rate", "critic_learning_rate", "device", "compile",
+        "micro_batch_size", "activation_checkpointing", "eval_samples", "samples", "classes"}
 
 # What a data set needs. label_dropout of toys: they are measured without labels, and with one label
 # in ten dropped the unlabelled model would get a tenth of the training.
@@ -861,7 +904,7 @@ PICTURES = {"patch_size": 2, "hidden_size": 384, "depth": 12, "num_heads": 6, "e
             "guidance_max": 4.0, "guidance": 2.0, "correction_interval": (0.0, 0.7),
             "eval_samples": 5000}
 PRESETS = {
-    "toy2d": {"label_dropout": 0.9, "t_location": -0.8, "threads": 1, "teacher_steps": 1000,
+    "toy2d": {"label_dropout": 0.9, "t_location": -0.8, "teacher_steps": 1000,
               "steps": 1000, "teacher_learning_rate": 8e-3, "learning_rate": 1e-2,
               "critic_learning_rate": 1.6e-2},
     "mnist": PICTURES,
@@ -982,8 +1025,8 @@ class TrainState:
         checkpoint = {"kind": path.stem, "config": dataclasses.asdict(self.config), "log": self.log,
                       "network": self.ema.settings, "step": self.step, **parts}
         if RANK == 0:
-            save(path, lambda p: torch.save(checkpoint, p))
-            save(path.with_suffix(".json"), lambda p: p.write_text(json.dumps(self.log, indent=1)))
+            save(path, lambda file: torch.save(checkpoint, file))
+            save_json(path.with_suffix(".json"), self.log)
 
     def restore(self, path):
         """Read a checkpoint. Raises UserError."""
@@ -1047,13 +1090,19 @@ def forwards_needed(module, config):
 
 
 def save(path, write):
-    """Have write(path) write a file that is there complete or not at all."""
-    part = path.with_name(f"{path.stem}.part{path.suffix}")
+    """Have write(file) write a file that is there complete or not at all."""
+    part = path.with_name(f"{path.name}.part")
     try:
-        write(part)
+        with open(part, "wb") as file:
+            write(file)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def save_json(path, found):
+    """Write lists and dicts as JSON."""
+    save(path, lambda file: file.write(json.dumps(found, indent=1).encode()))
 
 
 def on_interrupt(handler):
@@ -1114,23 +1163,25 @@ def run_stage(kind, module, config, out, score=None):
     return state.ema, state.log
 
 
-def load_network(path, kind, device="cpu", form=""):
+def load_network(path, kind, device="cpu", **told):
     """The averaged network of a checkpoint, frozen, and the checkpoint. Raises UserError."""
     with explained(f"{path} cannot be used as a {kind}"):
         with torch.serialization.safe_globals([argparse.Namespace]):  # settings of SiT and REPA
             file = torch.load(path, "cpu", weights_only=True)
         if kind == "teacher" and "kind" not in file:
-            file = read_public(file, form)
+            file = read_public(file, **told)
         if file.get("kind", kind) != kind:
             raise ValueError(f"it is a {file['kind']}")
+        if not all(v.isfinite().all() for v in file["ema"].values()):
+            raise ValueError("its weights are not all finite")
         network = DiT.from_tensors(file["network"], file["ema"]).to(device).requires_grad_(False)
     return network, file
 
 
-def load_teacher(path, device="cpu", form=""):
+def load_teacher(path, device="cpu", form="", num_heads=0):
     """A DiT, called as u(x, t, y), from a teacher.pt or a file of SiT or REPA; form: "sit" or
     "repa" for a file that does not tell. Raises UserError."""
-    return load_network(path, "teacher", device, form)[0]
+    return load_network(path, "teacher", device, form=form, num_heads=num_heads)[0]
 
 
 def load_student(path, device="cpu"):
@@ -1230,12 +1281,32 @@ def endpoint_score(teacher, network, config):
     return lambda average: relative_error(jump(FlowMap(average), z, y, strength), phi)
 
 
+def check_teacher(teacher):
+    """Raise UserError if samples of a teacher of pictures or latents do not look like data.
+
+    Every score compares the student with its teacher: a file that is read in a wrong way would end
+    with good scores. Read as SiT, a network of REPA maps noise to noise, whose neighbouring values
+    have a correlation of 0 (pictures and latents: 0.5 to 0.95). One that predicts noise doubles its
+    input (data: a spread near 1, latents by their scaling factor).
+    """
+    z = draw_noise(teacher, 16, generator(0))
+    y = torch.arange(16, device=z.device) % max(1, teacher.num_classes)
+    x = in_batches(lambda z, y: solve_ode(teacher, z, 8, "heun", y), z, y)
+    neighbours = torch.stack([x[..., 1:].flatten(), x[..., :-1].flatten()])
+    correlation, spread = torch.corrcoef(neighbours)[0, 1].item(), x.std().item()
+    if not (correlation > 0.15 and 0.2 < spread < 1.7):
+        raise UserError(f"samples of this teacher do not look like data (spread {spread:.2f}, "
+                        f"neighbours' correlation {correlation:.2f}): another --teacher-format or "
+                        "--num-heads may be right, or it predicts noise. --trust-teacher goes on")
+
+
 def evaluate(student, teacher, data, config, out, log):
     """Compare student and teacher: metrics.json, pictures, and the main numbers on the screen.
 
     Endpoint error: relative distance from the student's sample to the end of the teacher's path
     from the same noise. SW2: distance between samples of the student and of the teacher from other
-    noises; its floor is that of two such sets of the teacher. data: None without data.
+    noises; its floor is that of two such sets of the teacher. With data (or None) also the SW2 of
+    each set to data, in units of that of two sets of data.
     """
     n, network = config.eval_samples, student.network
     y, strength = conditions(network, config, n)
@@ -1246,32 +1317,32 @@ def evaluate(student, teacher, data, config, out, log):
     jumps = in_batches(lambda z, y: student_path(student, z, SOLVER_STEPS, y, strength),
                        z[few], y[few], 1)
     errors = [relative_error(a, b, path[-1]) for a, b in zip(jumps, path)]
-    sets = {}
+    sets = {"teacher": in_batches(lambda z, y: solve_ode(u, z, SET_STEPS, "rk4", y), z, y),
+            "student": in_batches(lambda z, y: jump(student, z, y, strength), z, y)}
+    others = in_batches(lambda z, y: solve_ode(u, z, SET_STEPS, "rk4", y), other, y)
+    floor, distance = (sliced_w2(x, others) for x in sets.values())
+    nfe = SOLVER_STEPS * 4 * (1 + config.is_guided)
+    print(f"endpoint error {errors[-1]:.4f} of the spread (0 is exact); SW2 {distance / floor:.3f} "
+          f"times its floor (1 is the goal); 1 evaluation instead of {nfe}")
+    metrics = {"endpoint_error": errors[-1], "sw2_ratio": distance / floor, "sw2_floor": floor,
+               "teacher_nfe": nfe, "error_along_path": errors, "log": log,
+               "config": dataclasses.asdict(config), "torch": str(torch.__version__)}
     if data is not None:
-        sets["data"] = data.draw(n, generator(config.seed, EVALUATION, 2))[0].to(z)
-    sets["teacher"], others = (in_batches(lambda z, y: solve_ode(u, z, SET_STEPS, "rk4", y), v, y)
-                               for v in (z, other))
-    sets["student"] = in_batches(lambda z, y: jump(student, z, y, strength), z, y)
-    floor = sliced_w2(sets["teacher"], others)
-    ratio = sliced_w2(sets["student"], others) / floor
-    metrics = {
-        "endpoint_error": errors[-1], "sw2_ratio": ratio, "sw2_floor": floor, "log": log,
-        "teacher_nfe": SOLVER_STEPS * 4 * (1 + config.is_guided), "error_along_path": errors,
-        "config": dataclasses.asdict(config), "torch": str(torch.__version__)}
-    print(f"endpoint error {errors[-1]:.4f} of the spread (0 is exact); SW2 {ratio:.3f} times its "
-          f"floor (1 is the goal); 1 evaluation instead of {metrics['teacher_nfe']}")
-    if isinstance(data, GaussianMixture) and len(data.means) <= data.MOST:
-        metrics["coverage"] = {name: data.coverage(x.cpu()) for name, x in sets.items()}
-        for name, found in metrics["coverage"].items():
-            print(f"{name:>8}: {found['outside']:6.2%} outside the toy; label with the fewest "
-                  f"samples: {found['emptiest']:.2f} of its share")
-    save(out / "metrics.json", lambda p: p.write_text(json.dumps(metrics, indent=1) + "\n"))
+        x, _ = data.draw(2 * n, generator(config.seed, EVALUATION, 2))
+        sets = {"data": x[:n].to(z), **sets}
+        held_out = x[n:].to(z)
+        unit = sliced_w2(sets["data"], held_out)
+        for name, x in sets.items():
+            metrics[name] = {"SW2 to data": sliced_w2(x, held_out) / unit, **data.coverage(x.cpu())}
+            print(f"{name:>8}:", ", ".join(f"{k} {v:.3f}" for k, v in metrics[name].items()))
+    save_json(out / "metrics.json", metrics)
     save_pictures(network, metrics, sets, path, jumps, out)
 
 
 # -------------------------------------------------------------------------------------------------
 # 8. Pictures
-# One colour for one thing, everywhere. Every function returns a figure.
+# One colour for one thing, everywhere. Every function returns a Figure, which a notebook shows and
+# .savefig writes. They do not use pyplot, so the settings of a session stay as they are.
 
 COLORS = {"data": "#4d4d4d", "teacher": "#2166ac", "student": "#e08214", "critic": "#7b3294"}
 
@@ -1288,8 +1359,8 @@ def plane(x):
 
 def panels(n, view, width, rows=1):
     """n square panels with one view, which holds nearly all of the points view (..., 2, 1, 1)."""
-    figure, axes = plt.subplots(rows, n // rows, figsize=(width * n / rows, width * rows + 0.4),
-                                squeeze=False, layout="constrained")
+    figure = Figure((width * n / rows, width * rows + 0.4), layout="constrained")
+    axes = figure.subplots(rows, n // rows, squeeze=False)
     low, high = np.quantile(view.reshape(-1, 2).cpu().numpy(), [0.001, 0.999], axis=0)
     half = 0.575 * (high - low)
     half = np.where(half.max() < 5 * half, half.max(), half)  # one scale, if they are comparable
@@ -1299,14 +1370,19 @@ def panels(n, view, width, rows=1):
     return figure, axes.flatten()
 
 
-def draw_set(axis, x, name, columns=6):
-    """Points as dots; of pictures the first, in a square of `columns` x `columns`."""
+def draw_pictures(axis, x, columns):
+    """Pictures (N, C, H, W) in [-1, 1] in rows of `columns`."""
+    picture = make_grid(x.cpu(), columns, padding=1, pad_value=1).clamp(-1, 1)
+    axis.imshow(picture.permute(1, 2, 0).numpy() / 2 + 0.5, interpolation="nearest")
+    axis.set(xlim=(0, picture.shape[2]), ylim=(picture.shape[1], 0))
+
+
+def draw_set(axis, x, name):
+    """Points as dots; of pictures the first, 6 x 6."""
     if is_plane(x):
         axis.scatter(*plane(x), s=3, linewidths=0, alpha=0.6, color=COLORS[name])
     else:
-        picture = make_grid(x[: columns**2].cpu(), columns, padding=1, pad_value=1).clamp(-1, 1)
-        axis.imshow(picture.permute(1, 2, 0).numpy() / 2 + 0.5, interpolation="nearest")
-        axis.set(xlim=(0, picture.shape[2]), ylim=(picture.shape[1], 0))
+        draw_pictures(axis, x[:36], columns=6)
 
 
 def plot_samples(samples, titles=None):
@@ -1323,13 +1399,14 @@ def plot_filmstrip(teacher_path, student_path, lines=4):
     """Pictures along the teacher's path and the student's f(z, delta) under them, (S, B, C, H, W):
     the first `lines` noises at nine times."""
     at = np.linspace(0, len(teacher_path) - 1, 9).round().astype(int)
-    figure, axes = plt.subplots(2 * lines, 1, figsize=(9, 2 * lines), layout="constrained")
-    for i, axis in enumerate(axes):
-        name, path = (("teacher", teacher_path), ("student", student_path))[i % 2]
-        picture = make_grid(path[at, i // 2].cpu(), 9, padding=1, pad_value=1).clamp(-1, 1)
-        axis.imshow(picture.permute(1, 2, 0).numpy() / 2 + 0.5, interpolation="nearest")
-        axis.set(xticks=[], yticks=[])
-        axis.set_ylabel(name, color=COLORS[name])
+    figure = Figure((9, 2 * lines), layout="constrained")
+    axes = figure.subplots(2 * lines, 1)
+    for i in range(lines):
+        paths = {"teacher": teacher_path[at, i], "student": student_path[at, i]}
+        for axis, (name, path) in zip(axes[2 * i :], paths.items()):
+            draw_pictures(axis, path, columns=9)
+            axis.set(xticks=[], yticks=[])
+            axis.set_ylabel(name, color=COLORS[name])
     axes[0].set_title("   ".join(f"δ = {i / at[-1]:.2f}" for i in at), fontsize=11)
     return figure
 
@@ -1353,7 +1430,8 @@ def plot_paths(teacher_path, student_path, lines=40):
 
 def plot_error(curves, title="Distance from student to teacher along the path"):
     """Errors over even steps of delta from 0 to 1. curves: {label: list}."""
-    figure, axis = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
+    figure = Figure((6.5, 4.2), layout="constrained")
+    axis = figure.subplots()
     for label, errors in curves.items():
         axis.plot(np.linspace(0, 1, len(errors)), errors, lw=2.5, color=COLORS.get(label),
                   label=f"{label}, {errors[-1]:.4f} at δ = 1")
@@ -1368,8 +1446,8 @@ def plot_losses(log):
     """The teacher's loss, the student's residuals and endpoint error, from the lines of a log."""
     curves = {"flow_matching": "teacher", "prediction": "student", "correction": "critic",
               "endpoint_error": "student"}
-    figure, axes = plt.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
-    for axis, (name, color) in zip(axes, curves.items()):
+    figure = Figure((16, 3.6), layout="constrained")
+    for axis, (name, color) in zip(figure.subplots(1, 4), curves.items()):
         points = [(line["step"], line[name]) for line in log if name in line]
         axis.plot(*np.array(points).reshape(-1, 2).T, color=COLORS[color])
         axis.set(title=f"{color}: {name.replace('_', ' ')}", xlabel="step", yscale="log")
@@ -1406,7 +1484,6 @@ def save_pictures(network, metrics, sets, path, jumps, out):
     plot_error({"student": metrics["error_along_path"]}).savefig(out / "error.png", dpi=110)
     plot_losses(metrics["log"]).savefig(out / "losses.png", dpi=110)
     animate_paths(path, jumps).save(out / "paths.gif", writer="pillow", fps=10, dpi=80)
-    plt.close("all")
     print(f"pictures and metrics.json are in {out}")
 
 
@@ -1433,23 +1510,35 @@ def make_parser():
 
 def claim_folder(config, **sources):
     """The folder of a run: --out, or the first of runs/toy2d, runs/toy2d-2, ... that is new or
-    holds a run with the same settings and sources, as its config.json tells. sources: tensors that
+    holds a run with the same settings and sources, as its config.json tells. sources: numbers that
     identify data and teacher. Raises UserError."""
     mine = {name: v for name, v in dataclasses.asdict(config).items() if name not in FREE}
-    mine.update({name: round(v.double().sum().item(), 3) for name, v in sources.items()})
-    mine = json.loads(json.dumps(mine))  # as it comes back from the file
+    mine = json.loads(json.dumps({**mine, **sources}))  # as it comes back from the file
     names = [config.dataset, *(f"{config.dataset}-{i}" for i in range(2, 10000))]
     for folder in [Path(config.out)] if config.out else [Path("runs", name) for name in names]:
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "config.json"
         with contextlib.suppress(FileExistsError), open(file, "x") as new:  # one process creates it
-            json.dump(mine, new, indent=1)
+            new.write(json.dumps(mine, indent=1))
         theirs = json.loads(file.read_text())
         if theirs == mine:
             return folder
     other = next(name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name))
     raise UserError(f"{folder} holds another run: its {flag(other)} is {theirs.get(other)}, not "
                     f"{mine.get(other)}. Give another --out, or the same settings", 2)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Within it no other process trains in this folder. A killed process leaves no lock behind."""
+    with open(folder / "config.json") as file:
+        advice = f"{folder} is in use by another process: wait, or give another --out"
+        with explained(advice), contextlib.suppress(ImportError):
+            import fcntl  # Windows has none
+
+            if RANK == 0:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
 
 
 def new_network(data, config):
@@ -1459,18 +1548,25 @@ def new_network(data, config):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(config.seed, WEIGHTS).initial_seed())
         return DiT(data.shape[1], data.shape[0], data.num_classes, config.hidden_size, config.depth,
-                   config.num_heads, config.patch_size, fourier=is_plane(data),
-                   center=getattr(data, "center", None), scale=getattr(data, "scale", None))
+                   config.num_heads, config.patch_size, fourier=is_plane(data), center=data.center,
+                   scale=data.scale)
 
 
-def open_teacher(given):
+def open_teacher(given, device):
     """The network of --teacher. What it decides is added to `given`. Raises UserError."""
     if given.get("stage") == "teacher":
         raise UserError("--stage teacher trains a teacher: remove --teacher", 2)
-    path = given["teacher"]
-    network, file = load_network(path, "teacher", form=given.get("teacher_format", ""))
+    network, file = load_network(
+        given["teacher"], "teacher", device, form=given.get("teacher_format", ""),
+        num_heads=given.get("num_heads", 0))
     if RANK == 0:
-        print(f"{path}: {file.get('format', 'fmd')}, {network.settings}")
+        print(f"{given['teacher']}: {file.get('format', 'fmd')}, {network.settings}")
+    if "format" in file and not given.get("trust_teacher"):
+        check_teacher(network)
+    if not file.get("has_null", True):
+        if given.get("guidance_max", 1) > 1:
+            raise UserError("--guidance-max: this teacher has no null label, remove this flag", 2)
+        given.update(guidance_max=1.0, guidance=1.0, label_dropout=0.0)
     known = {"dataset": "imagenet", "toy": TOYS[0], **file.get("config", {}), **network.settings}
     for name in ("dataset", "toy", "hidden_size", "depth", "num_heads", "patch_size"):
         if given.setdefault(name, known[name]) != known[name]:
@@ -1479,42 +1575,49 @@ def open_teacher(given):
 
 
 def run_training(given):
-    """Train a teacher, distill it, compare the two."""
-    start, data, sources = None, None, {}
+    """Train a teacher, distill it, compare the two. What cannot work is refused before."""
+    teacher, data, sources = None, None, {}
+    device = given.get("device", Config.device)
+    with explained(f"--device {device} is not available on this machine: give cpu"):
+        device = torch.zeros(1, device=device).device
     if given.get("teacher"):
-        start = open_teacher(given)
-        sources["teacher"] = start.final_layer.linear.weight
+        teacher = open_teacher(given, device)
+        sources["teacher"] = teacher.final_layer.linear.weight.double().sum().item()
     config = make_config(**given)
-    with explained(f"--device {config.device} is not available on this machine: give cpu"):
-        device = torch.zeros(1, device=config.device).device
-    if start is None or config.dataset == "toy2d":
+    if teacher is None or config.dataset == "toy2d":
         data = open_data(config)
-        units = [*(getattr(data, "center", None) or []), *(getattr(data, "scale", None) or [])]
-        sources["data"] = torch.cat([data.draw(64, generator(0))[0].flatten(), torch.tensor(units)])
-    if start is None:
-        network = new_network(data, config)
+        x, _ = data.draw(64, generator(0))
+        sources["data"] = [x.double().sum().item(), len(data.labels), data.center, data.scale]
+    network = teacher or new_network(data, config).to(device)
     if config.exact_teacher and len(getattr(data, "means", range(9999))) > GaussianMixture.MOST:
         raise UserError("--exact-teacher: only toys have one, with 2000 points at most", 2)
     micro_batches(config, config.batch_size - config.corrections, config.corrections)
-    torch.set_num_threads(config.threads or torch.get_num_threads())
+    if config.dataset == "toy2d":  # more threads gain nothing on networks as small as these
+        torch.set_num_threads(1)
     if config.precision == "bfloat16":  # fast products also of what stays float32
         torch.set_float32_matmul_precision("high")
     out = [claim_folder(config, **sources)] if RANK == 0 else [None]
     if WORLD > 1:
         distributed.broadcast_object_list(out)
-    log = []
-    if start is None:
+    with locked(out[0]):
+        run_stages(network, data, config, out[0])
+
+
+def run_stages(network, data, config, out):
+    """The stages of a run in their folder; network: the teacher, or one to be trained."""
+    log, exact = [], None
+    if not config.teacher:
         first = dataclasses.replace(config, steps=config.teacher_steps,
                                     learning_rate=config.teacher_learning_rate)
-        module = FlowMatching(network.to(device), data, first)
-        start, log = run_stage("teacher", module, first, out[0])
+        network, log = run_stage("teacher", FlowMatching(network, data, first), first, out)
+    if config.exact_teacher:
+        exact = copy.deepcopy(data).to(network.pos_embed.device)
     if config.stage == "all":
-        exact = copy.deepcopy(data).to(device) if config.exact_teacher else None
-        distiller = make_distiller(start.to(device), config, exact)
-        score = endpoint_score(distiller.teacher, start, config)
-        network, more = run_stage("student", distiller, config, out[0], score)
+        distiller = make_distiller(network, config, exact)
+        score = endpoint_score(distiller.teacher, network, config)
+        student, more = run_stage("student", distiller, config, out, score)
         if RANK == 0:
-            evaluate(FlowMap(network), distiller.teacher, data, config, out[0], log + more)
+            evaluate(FlowMap(student), distiller.teacher, data, config, out, log + more)
 
 
 def run_sampling(given):
@@ -1525,51 +1628,37 @@ def run_sampling(given):
     out = Path(given.get("out", newest))
     network, file = load_network(out / "student.pt", "student", given.get("device", Config.device))
     config = Config(**{**file["config"], "seed": 0, "device": Config.device, **given})
-    vae = None
-    if config.dataset == "imagenet" and config.vae != "none":
-        with explained(f"--vae {config.vae}: install diffusers and go online, or give a folder"):
-            from diffusers import AutoencoderKL  # optional, and slow to import
-
-            vae = AutoencoderKL.from_pretrained(config.vae, low_cpu_mem_usage=False)
-        vae = vae.to(config.device).requires_grad_(False)
-    y, strength = conditions(network, config, config.samples)
+    n = config.samples
+    y, strength = conditions(network, config, n)
     if config.classes:
         with explained(f"--classes: give labels below {network.num_classes}, such as 0,1"):
             known = range(network.num_classes)
             labels = [known.index(int(label)) for label in config.classes.split(",")]
-        y = torch.tensor(labels, device=y.device)[torch.arange(config.samples) % len(labels)]
-    write_samples(network, y.expand(config.samples), strength, config, out, vae)
-
-
-def write_samples(network, y, strength, config, out, vae=None):
-    """samples.png, and samples.npz in the layout of ADM's evaluation: arr_0 is pictures in uint8,
-    or latents without an autoencoder, (n, H, W, C), or points (n, 2); arr_1 is labels (n,). Every
-    process draws its share of the rows."""
-    def draw(z, y):
-        x = jump(FlowMap(network), z, y, strength)
-        if config.dataset == "imagenet" and vae is None:
-            return x.cpu()
-        x = to_view(x, network, vae)
-        return x if is_plane(x) else (127.5 * (x + 1)).clamp(0, 255).to(torch.uint8)
-
-    n = len(y)
-    z = draw_noise(network, n, generator(config.seed, SAMPLING))
-    parts = [out / f"samples.part{r}.npy" for r in range(WORLD)]
-    np.save(parts[RANK], in_batches(draw, z[RANK::WORLD], y[RANK::WORLD]))
-    mean_over_processes(torch.zeros(1))  # wait until all parts are there
+        y = torch.tensor(labels, device=y.device)[torch.arange(n) % len(labels)]
+    z, y = draw_noise(network, n, generator(config.seed, SAMPLING)), y.expand(n)
+    mine = slice(RANK, None, WORLD)  # the rows that this process computes
+    x = torch.zeros_like(z)
+    x[mine] = in_batches(lambda z, y: jump(FlowMap(network), z, y, strength), z[mine], y[mine])
+    if WORLD > 1:
+        distributed.all_reduce(x)
+    if not x.isfinite().all():
+        raise UserError(f"{out / 'student.pt'} draws samples that are not finite: train it again")
     if RANK == 0:
-        order = np.argsort(np.arange(n) % WORLD, kind="stable")  # of the rows in all parts
-        x = np.concatenate([np.load(part) for part in parts])[np.argsort(order)]
-        for part in parts:
-            part.unlink()
-        rows = x.transpose(0, 2, 3, 1).reshape(n, -1) if is_plane(x) else x.transpose(0, 2, 3, 1)
-        save(out / "samples.npz", lambda p: np.savez(p, rows, y.cpu().numpy()))
-        x = torch.from_numpy(x[: max(40, 8000 // math.prod(network.shape))])
-        if x.dtype == torch.uint8:
-            x = x / 127.5 - 1
-        plot_samples({"student": x[:, :3]}).savefig(out / "samples.png", dpi=110)
-        plt.close("all")
-        print(f"{n} samples are in {out / 'samples.npz'}, a picture in {out / 'samples.png'}")
+        write_samples(x.cpu(), y.cpu().numpy(), network, config, out)
+
+
+def write_samples(x, y, network, config, out):
+    """samples.png, and samples.npz in the layout of ADM's evaluation: arr_0 is pictures in uint8
+    (n, H, W, C), latents (n, H, W, C), or points (n, 2); arr_1 is labels (n,)."""
+    rows = x.permute(0, 2, 3, 1)
+    if is_plane(x):
+        rows = to_view(x, network).flatten(1)
+    elif config.dataset != "imagenet":
+        rows = (127.5 * (rows + 1)).clamp(0, 255).to(torch.uint8)
+    save(out / "samples.npz", lambda file: np.savez(file, rows.numpy(), y))
+    shown = to_view(x[: max(40, 8000 // math.prod(network.shape))], network)
+    plot_samples({"student": shown}).savefig(out / "samples.png", dpi=110)
+    print(f"{len(x)} samples are in {out / 'samples.npz'}, a picture in {out / 'samples.png'}")
 
 
 def main(argv=None):
@@ -1590,12 +1679,14 @@ def main(argv=None):
         if given.get("debug"):
             raise
         line, status = f"{type(e).__name__}: {e} (--debug shows where)", 1
+        cause = e.__context__ or e  # torch.save hides a full disk behind an error of its own
         if isinstance(e, UserError):
             line, status = (*e.args, 1)[:2]
         elif isinstance(e, KeyboardInterrupt):
             line = "interrupted: the same command continues"
-        elif isinstance(e, OSError):
-            line = f"{e.strerror or e} {e.filename or ''}: free the place, or give another --out"
+        elif isinstance(cause, OSError):
+            line = f"{cause.strerror or cause} {cause.filename or ''}: free some space, or give "
+            line += "another --out"
         elif "memory" in str(e):
             line = "out of memory: lower --micro-batch-size, or give --activation-checkpointing"
         if RANK == 0 or status == 1:
@@ -1608,5 +1699,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    plt.switch_backend("Agg")
     sys.exit(main())

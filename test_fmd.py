@@ -361,7 +361,8 @@ def test_toys_and_what_their_exact_teacher_generates(toy):
     found = fmd.solve_ode(data, noise(2000, *data.shape).float(), 24, "rk4")
     assert fmd.sliced_w2(found, other) < 2 * fmd.sliced_w2(x, other)
     for points in x, found:
-        assert data.coverage(points)["outside"] < 0.01 and data.coverage(points)["emptiest"] > 0.75
+        covered = data.coverage(points)
+        assert covered["outside"] < 0.01 and covered["rarest label"] > 0.75
 
 
 def test_checkerboard_and_coverage_by_hand():
@@ -377,8 +378,8 @@ def test_checkerboard_and_coverage_by_hand():
     rows = [[3.4, 0.0]] * 3 + [[3.6, 0.0]] * 2 + [[10.0, -3.4]] * 4 + [[0.0, 10.0]]
     found = data.coverage(images(*rows).float())
     # of 10 points label 1 is due a third, and has one
-    assert found["outside"] == pytest.approx(0.2) and found["emptiest"] == pytest.approx(0.3)
-    assert data.coverage(images(*rows[:9]).float())["emptiest"] == 0
+    assert found["outside"] == pytest.approx(0.2) and found["rarest label"] == pytest.approx(0.3)
+    assert data.coverage(images(*rows[:9]).float())["rarest label"] == 0
 
 
 # --- Network -------------------------------------------------------------------------------------
@@ -526,8 +527,11 @@ def test_public_files_have_the_velocity_of_a_plain_implementation(kind, tmp_path
 def test_files_that_are_refused(tmp_path):
     file, fc2 = public_file(outputs=8), "blocks.1.mlp.fc2.weight"
     for reason, wrong, form in [
-        ("prediction noise", {"ema": file, "args": argparse.Namespace(prediction="noise")}, ""),
-        ("path type VP", {"ema": file, "args": argparse.Namespace(path_type="VP")}, ""),
+        ("'noise'", {"ema": file, "args": argparse.Namespace(prediction="noise")}, ""),
+        ("'noise'", {"ema": file, "args": {"prediction": "noise"}}, ""),
+        ("'VP'", {"ema": file, "path_type": "VP"}, ""),
+        ("'DiT-XL/2'", {"ema": file, "args": argparse.Namespace(model="DiT-XL/2")}, ""),
+        ("not all finite", {**file, fc2: file[fc2] * math.nan}, ""),
         ("both SiT and REPA", {**file, **PROJECTORS}, ""),
         ("right --teacher-format", file, "repa"),
         ("right --teacher-format", public_file(), ""),
@@ -815,8 +819,7 @@ def test_the_default_command_end_to_end(finished, capsys):
     assert metrics["error_along_path"][0] == 0
     assert metrics["error_along_path"][-1] == metrics["endpoint_error"] > 0
     assert metrics["config"]["prediction"] == "step" and metrics["config"]["steps"] == 8
-    assert [*metrics["coverage"]] == ["data", "teacher", "student"]
-    assert metrics["coverage"]["data"]["outside"] < 0.05
+    assert metrics["data"]["outside"] < 0.05 and metrics["data"]["SW2 to data"] == 1
     # the numbers again, from the files
     teacher = fmd.load_teacher(finished / "teacher.pt")
     student = fmd.load_student(finished / "student.pt")
@@ -826,6 +829,9 @@ def test_the_default_command_end_to_end(finished, capsys):
     assert metrics["endpoint_error"] == pytest.approx(error, rel=1e-3)
     floor = fmd.sliced_w2(*(fmd.solve_ode(teacher, v, 8, "rk4") for v in (z, other)))
     assert metrics["sw2_floor"] == pytest.approx(floor, rel=1e-3)
+    x, _ = fmd.make_toy("checkerboard").draw(128, fmd.generator(0, fmd.EVALUATION, 2))
+    distance = fmd.sliced_w2(fmd.jump(student, z[:64]), x[64:]) / fmd.sliced_w2(x[:64], x[64:])
+    assert metrics["student"]["SW2 to data"] == pytest.approx(distance, rel=1e-3)
     stages = [(line["stage"], line["step"]) for line in metrics["log"]]
     assert stages == [("teacher", 8), ("student", 8)]
     assert {"prediction", "correction", "critic", "lambda", "skipped", "samples_per_second",
@@ -905,7 +911,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
     path.write_text("old")
 
     def failing(part):
-        part.write_text("half")
+        part.write(b"half")
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError):
@@ -924,7 +930,7 @@ def test_exact_teachers_of_all_toys(toy, tmp_path, capsys):
         toy = tmp_path / "points.npy"
         np.save(toy, 1e6 * np.random.default_rng(0).normal(size=(40, 2)) + [1e9, -1e7])
     run("--toy", toy, "--exact-teacher", "--out", tmp_path / "out", *TINY)
-    found = json.loads((tmp_path / "out" / "metrics.json").read_text())["coverage"]
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert found["teacher"]["outside"] < 0.08  # the exact teacher's samples are the toy's
     run("--stage", "sample", "--out", tmp_path / "out", "--samples", 50)
     x = np.load(tmp_path / "out" / "samples.npz")["arr_0"]
@@ -1052,7 +1058,7 @@ def test_digits_end_to_end(digits, tmp_path, monkeypatch, capsys):
     run("--dataset", "mnist", "--data", digits[0], "--out", out, *TINY_PICTURES)
     assert (out / "paths.gif").exists() and (out / "paths.png").exists()
     metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["teacher_nfe"] == 256 and "coverage" not in metrics
+    assert metrics["teacher_nfe"] == 256 and [*metrics["student"]] == ["SW2 to data"]
     # from the teacher's file alone
     monkeypatch.setattr(fmd, "open_data", lambda config: 1 / 0)
     flags = [*TINY_PICTURES[:1], *TINY_PICTURES[9:11], *TINY_PICTURES[13:]]
@@ -1119,14 +1125,14 @@ def test_a_teacher_from_latents(dtype, tmp_path):
     data = fmd.open_data(fmd.make_config("imagenet", data=str(path)))
     drawn, labels = data.draw(100, fmd.generator(0))
     known = {row.astype(np.float32).tobytes(): label for row, label in zip(x, y)}
-    assert isinstance(data.images, np.memmap) and data.num_classes == y.max() + 1
+    assert isinstance(data.images, np.memmap) and data.num_classes == 3
     assert [known[row.numpy().tobytes()] for row in drawn] == labels.tolist()
     if dtype == np.float16:
         run("--dataset", "imagenet", "--data", path, "--out", tmp_path / "out", *TINY_LATENTS)
         assert json.loads((tmp_path / "out" / "metrics.json").read_text())["endpoint_error"] > 0
 
 
-KINDS = ["shape", "channels", "integers", "no labels", "range", "number", "float"]
+KINDS = ["shape", "channels", "spread", "integers", "no labels", "number", "float"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -1135,13 +1141,28 @@ def test_latents_that_are_refused(kind, tmp_path, capsys):
     beside = tmp_path / "latents_labels.npy"
     if kind == "no labels":
         beside.unlink()
-    elif kind in ("range", "number", "float"):
-        np.save(beside, {"range": y + 998, "number": y[1:], "float": y.astype(float)}[kind])
+    elif kind in ("number", "float"):
+        np.save(beside, {"number": y[1:], "float": y.astype(float)}[kind])
     else:
-        np.save(path, {"shape": x[:, :, 1:], "channels": x[:, :3]}.get(kind, x.astype(int)))
+        wrong = {"shape": x[:, :, 1:], "channels": np.concatenate([x, x], 1), "spread": x / 0.18215}
+        np.save(path, wrong.get(kind, x.astype(int)))
     flags = ["--dataset", "imagenet", "--data", path, "--out", tmp_path / "out", *TINY_LATENTS]
     line = run(*flags, status=1, capsys=capsys)
     assert "--data FILE.npy" in line and not (tmp_path / "out").exists()
+    remedy = {"channels": "posterior", "spread": "scaling_factor"}
+    assert remedy.get(kind, "") in line
+
+
+def test_labels_that_occur_and_rows_that_cannot_be_used(tmp_path, capsys):
+    path, x, y = write_latents(tmp_path)
+    np.save(tmp_path / "latents_labels.npy", 5 * y + 100)
+    data = fmd.open_data(fmd.make_config("imagenet", data=str(path)))
+    assert data.num_classes == 3 and data.labels.tolist() == y.tolist()
+    assert "3 classes" in capsys.readouterr().out
+    for wrong in (7, np.nan, np.inf):
+        x[33] = wrong
+        with pytest.raises(fmd.UserError, match="row 33 "):
+            fmd.ImageData(x, y, 3).draw(200, fmd.generator(0))
 
 
 @pytest.fixture(scope="module")
@@ -1172,30 +1193,102 @@ def latent_teacher(tmp_path_factory):
 
 
 def test_a_public_teacher_is_distilled_without_data_and_sampled(
-        vae, latent_teacher, tmp_path, monkeypatch, capsys):
+        latent_teacher, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fmd, "open_data", lambda config: 1 / 0)
-    monkeypatch.setattr(fmd, "HEADS", {16: 2})
-    out, flags = tmp_path / "out", [*TINY_LATENTS[6:], "--steps", "3"]
-    run("--teacher", latent_teacher, "--out", out, *flags)
+    out, flags = tmp_path / "out", [*TINY_LATENTS[6:], "--num-heads", "2", "--steps", "3"]
+    given = ["--teacher", latent_teacher, "--out", out, *flags]
+    line = run(*given, status=1, capsys=capsys)  # it draws noise
+    assert "do not look like data" in line and not out.exists()
+    run(*given, "--trust-teacher")
     assert "SiT" in capsys.readouterr().out
     config = json.loads((out / "metrics.json").read_text())["config"]
     assert config["dataset"] == "imagenet" and config["prediction"] == "jvp"
     flags = ["--stage", "sample", "--out", out, "--samples", "10", "--seed", "3", "--device", "cpu"]
-    run(*flags, "--vae", vae[1], "--dataset", "imagenet")
+    run(*flags)
     found = np.load(out / "samples.npz")
-    assert found["arr_0"].shape == (10, 64, 64, 3) and found["arr_0"].dtype == np.uint8
     assert found["arr_1"].tolist() == [*range(10)]
     z = torch.randn(10, 4, 8, 8, generator=fmd.generator(3, fmd.SAMPLING))
     student = fmd.load_student(out / "student.pt")
     x = fmd.jump(student, z, torch.arange(10), torch.tensor([1.4]))
-    with torch.no_grad():
-        pixels = 127.5 * (vae[0].decode(x / 0.18215).sample + 1)
-    expected = pixels.clamp(0, 255).floor().permute(0, 2, 3, 1).numpy()
-    assert np.abs(found["arr_0"] - expected).max() <= 1
-    run(*flags, "--vae", "none", "--classes", "5,6")
-    raw = np.load(out / "samples.npz")
-    np.testing.assert_allclose(raw["arr_0"].shape, (10, 8, 8, 4))
-    assert "--vae" in run(*flags, "--vae", tmp_path, status=1, capsys=capsys)
+    assert_close(torch.from_numpy(found["arr_0"]), x.permute(0, 2, 3, 1))
+    broken = torch.load(out / "student.pt", weights_only=True)
+    broken["ema"]["final_layer.linear.bias"] += 1e38 * 1e38
+    torch.save(broken, out / "student.pt")
+    (out / "samples.npz").unlink()
+    assert "finite" in run(*flags, status=1, capsys=capsys) and not (out / "samples.npz").exists()
+
+
+WRAPPERS = [lambda w: {"state_dict": {"_orig_mod." + k: v for k, v in w.items()}},
+            lambda w: {"model_state_dict": {"module._orig_mod." + k: v for k, v in w.items()}},
+            lambda w: {"model." + k: v for k, v in w.items()},
+            lambda w: {"model": {k: 0 * v for k, v in w.items()}, "ema_state_dict": w},
+            lambda w: {"state_dict": w, "ema": {"shadow": w, "decay": 0.99}}]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_wrapped_weights_are_found(wrap):
+    file, plain = public_file(outputs=8), fmd.read_public(public_file(outputs=8))
+    found = fmd.read_public(wrap(file))
+    assert all(torch.equal(v, plain["ema"][k]) for k, v in found["ema"].items())
+    assert found["network"] == plain["network"] and found["has_null"]
+
+
+def test_a_file_without_null_label_and_with_other_heads(tmp_path, capsys):
+    file, table = public_file(outputs=8), "y_embedder.embedding_table.weight"
+    rows = len(file[table])
+    for said in ({"num_classes": rows}, {"num_classes": rows - 1, "class_dropout_prob": 0.0}):
+        found = fmd.read_public({"model": dict(file), "args": argparse.Namespace(**said)})
+        assert not found["has_null"] and found["network"]["num_classes"] == said["num_classes"]
+    path = tmp_path / "a.pt"
+    torch.save({"model": file, "args": {"class_dropout_prob": 0.0}}, path)
+    given = {"teacher": str(path), "trust_teacher": True, "num_heads": 4}
+    network = fmd.open_teacher(given, "cpu")
+    assert network.settings["num_heads"] == 4 and network.blocks[0].head_dim == 32
+    c = fmd.make_config(**given)
+    assert (c.guidance_max, c.guidance, c.label_dropout) == (1, 1, 0)
+    with pytest.raises(fmd.UserError, match="null label"):
+        fmd.open_teacher({"teacher": str(path), "trust_teacher": True, "guidance_max": 2.0}, "cpu")
+
+
+def test_samples_that_do_not_look_like_data_are_refused():
+    def teacher(velocity):
+        network = fmd.DiT(8, 4, 3)
+        network.forward = velocity
+        return network
+
+    ramp = torch.linspace(-1.7, 1.7, 8)
+    fmd.check_teacher(teacher(lambda x, t, y: (ramp - x) / column(t.clamp(min=1e-3))))
+    for wrong in (lambda x, t, y: torch.zeros_like(x),  # REPA read as SiT: noise to noise
+                  lambda x, t, y: x,  # predicts noise
+                  lambda x, t, y: 5 * (ramp - x) / column(t.clamp(min=1e-3)),
+                  lambda x, t, y: x / 0):
+        with pytest.raises(fmd.UserError, match="--trust-teacher"):
+            fmd.check_teacher(teacher(wrong))
+
+
+def test_a_folder_in_use_is_refused(finished, capsys):
+    code = ("import fcntl, sys, time; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX);"
+            "print('held', flush=True); time.sleep(600)")
+    other = subprocess.Popen([sys.executable, "-c", code, finished / "config.json"],
+                             stdout=subprocess.PIPE)
+    other.stdout.readline()
+    line = run("--out", finished, *TINY, status=1, capsys=capsys)
+    assert "in use by another process" in line
+    other.kill()
+    other.wait()
+    run("--out", finished, *TINY)
+
+
+def test_a_full_disk_keeps_the_checkpoint(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    flags = [str(a) for a in (*TINY, "--out", tmp_path / "run", "--learning-rate", "0.5")]
+    code = ("import resource, sys, fmd; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000));"
+            "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); sys.exit(fmd.main())")
+    before = (tmp_path / "run" / "student.pt").read_bytes()
+    done = subprocess.run([sys.executable, "-c", code, *flags], cwd=Path(fmd.__file__).parent,
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "free some space" in done.stderr.splitlines()[-1]
+    assert (tmp_path / "run" / "student.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "cut", "text", "student", "pickled", "names"])
@@ -1304,7 +1397,6 @@ def test_pictures_show_what_they_are_given():
     for image, x in zip(images, (path[:, 0], jumps[:, 0], path[:, 1], jumps[:, 1])):
         np.testing.assert_allclose(image[1:5, 1:5, 0], x[0, 0] / 2 + 0.5, atol=1e-6)
         np.testing.assert_allclose(image[1:5, -5:-1, 0], x[-1, 0] / 2 + 0.5, atol=1e-6)
-    fmd.plt.close("all")
 
 
 # --- README and notebook -------------------------------------------------------------------------
@@ -1330,18 +1422,30 @@ def test_the_readme_names_what_exists():
 
 def test_the_readmes_python_runs(finished, vae, tmp_path, monkeypatch):
     text = (HERE / "README.md").read_text()
-    recipe, use = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    decode, encode, use = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     (tmp_path / "imagenet" / "train").mkdir(parents=True)
     for name in ("cats", "dogs"):
         (tmp_path / "imagenet" / "train" / name).mkdir()
         PIL.Image.new("RGB", (80, 70), "red").save(tmp_path / "imagenet" / "train" / name / "0.png")
     monkeypatch.chdir(tmp_path)
-    recipe = recipe.replace("stabilityai/sd-vae-ft-ema", str(vae[1])).replace("256", "64")
-    Path("recipe.py").write_text(recipe)
-    runpy.run_path("recipe.py")
+    encode = encode.replace("stabilityai/sd-vae-ft-ema", str(vae[1])).replace("256", "64")
+    Path("encode.py").write_text(encode)
+    runpy.run_path("encode.py")
+    x = np.load("latents.npy").astype(np.float32)
+    np.save("latents.npy", x / x.std())  # this autoencoder is not trained
     data = fmd.open_data(fmd.make_config("imagenet", data="latents.npy"))
     assert data.shape == (4, 8, 8) and data.num_classes == 2
-    (tmp_path / "runs").mkdir()
+    x = torch.from_numpy(data.images[:].astype(np.float32))
+    Path("runs/sit").mkdir(parents=True)
+    np.savez("runs/sit/samples.npz", x.permute(0, 2, 3, 1).numpy(), np.array([1, 0]))
+    Path("decode.py").write_text(decode.replace("stabilityai/sd-vae-ft-ema", str(vae[1])))
+    runpy.run_path("decode.py")
+    found = np.load("runs/sit/pictures.npz")
+    with torch.no_grad():
+        expected = 127.5 * (vae[0].decode(x / 0.18215).sample + 1)
+    expected = expected.clamp(0, 255).permute(0, 2, 3, 1).numpy()
+    assert found["arr_0"].dtype == np.uint8 and found["arr_1"].tolist() == [1, 0]
+    assert np.abs(found["arr_0"] - expected).max() <= 1
     shutil.copytree(finished, tmp_path / "runs" / "toy2d")
     Path("use.py").write_text(use.replace("steps=100", "steps=2"))
     runpy.run_path("use.py")
