@@ -542,9 +542,8 @@ class DiT(nn.Module):
         layer is zero, the rest a copy of the time embedder."""
         tensors = teacher.state_dict()
         if guidance and not teacher.settings["guidance"]:
-            for name in ["0.weight", "0.bias", "2.weight", "2.bias"]:
-                of_time = tensors[f"t_embedder.mlp.{name}"]
-                tensors[f"guidance_embedder.mlp.{name}"] = of_time * (name[0] == "0")
+            for name, v in teacher.t_embedder.state_dict().items():
+                tensors[f"guidance_embedder.{name}"] = v * (not name.startswith("mlp.2"))
         return cls.from_tensors({**teacher.settings, "guidance": guidance}, tensors)
 
     def forward(self, x, t, y=None, guidance=None):
@@ -585,11 +584,13 @@ WEIGHTS_IN = ("ema", "model_ema", "ema_model", "ema_state_dict", "shadow",  # av
 
 
 def unwrap(file):
-    """Of a training script's file: the tensors, the key that held them, and settings, as a dict.
+    """Of a training script's file: the tensors, the keys that lead to them, and its settings.
     Raises ValueError if these tell of another kind of model."""
-    key, tensors = "", file
+    keys = []
+    tensors = file
     while nested := [k for k in WEIGHTS_IN if isinstance(tensors.get(k), dict)]:
-        key, tensors = f"{key}[{nested[0]}]", tensors[nested[0]]
+        keys.append(nested[0])
+        tensors = tensors[nested[0]]
     prefix = re.compile(r"^((module|_orig_mod|model)\.)+")  # of DDP, torch.compile and others
     tensors = {prefix.sub("", name): v for name, v in tensors.items()}
     said = file.get("args", {})
@@ -601,7 +602,7 @@ def unwrap(file):
             or words[2].startswith("DiT")):
         raise ValueError(f"it was trained with prediction, path type, model {words}; give one that "
                          "predicts velocities of the linear path")
-    return tensors, key, said
+    return tensors, keys, said
 
 
 def read_public(file, form="", num_heads=0):
@@ -611,7 +612,7 @@ def read_public(file, form="", num_heads=0):
     file: a state dict, or a training script's dict. form: "sit" or "repa". num_heads: 0 if not
     known. Raises ValueError if neither form nor file tells, and KeyError for other files.
     """
-    tensors, key, said = unwrap(file)
+    tensors, keys, said = unwrap(file)
     _, C, p, _ = tensors["x_embedder.proj.weight"].shape
     outputs = ["final_layer.linear.weight", "final_layer.linear.bias"]
     kind = said.get("prediction", "")
@@ -640,7 +641,8 @@ def read_public(file, form="", num_heads=0):
     if len(table) == classes:  # labels were never dropped: a row for null, which is not used
         tensors["y_embedder.embedding_table.weight"] = torch.cat([table, table.mean(0)[None]])
     dropout = said.get("class_dropout_prob", said.get("cfg_prob", 0.1))
-    return {"format": f"{'SiT' if is_sit else 'REPA'}{key}", "ema": tensors,
+    form = "SiT" if is_sit else "REPA"
+    return {"format": " ".join([form, *keys]), "ema": tensors,
             "network": infer_settings(tensors, num_heads),
             "has_null": len(table) > classes and dropout > 0}
 
@@ -1026,7 +1028,8 @@ class TrainState:
                       "network": self.ema.settings, "step": self.step, **parts}
         if RANK == 0:
             save(path, lambda file: torch.save(checkpoint, file))
-            save_json(path.with_suffix(".json"), self.log)
+            log = json.dumps(self.log, indent=1).encode()
+            save(path.with_suffix(".json"), lambda file: file.write(log))
 
     def restore(self, path):
         """Read a checkpoint. Raises UserError."""
@@ -1098,11 +1101,6 @@ def save(path, write):
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-
-
-def save_json(path, found):
-    """Write lists and dicts as JSON."""
-    save(path, lambda file: file.write(json.dumps(found, indent=1).encode()))
 
 
 def on_interrupt(handler):
@@ -1282,18 +1280,17 @@ def endpoint_score(teacher, network, config):
 
 
 def check_teacher(teacher):
-    """Raise UserError if samples of a teacher of pictures or latents do not look like data.
-
-    Every score compares the student with its teacher: a file that is read in a wrong way would end
-    with good scores. Read as SiT, a network of REPA maps noise to noise, whose neighbouring values
-    have a correlation of 0 (pictures and latents: 0.5 to 0.95). One that predicts noise doubles its
-    input (data: a spread near 1, latents by their scaling factor).
-    """
+    """Raise UserError if a teacher's samples do not look like pictures or latents. Every score
+    compares the student with its teacher, so a file that is read in a wrong way would end with good
+    ones. REPA read as SiT maps noise to noise, whose neighbouring values have a correlation of 0
+    (pictures and latents: above 0.5). A network that predicts noise doubles its input, and data has
+    a spread near 1."""
     z = draw_noise(teacher, 16, generator(0))
     y = torch.arange(16, device=z.device) % max(1, teacher.num_classes)
     x = in_batches(lambda z, y: solve_ode(teacher, z, 8, "heun", y), z, y)
     neighbours = torch.stack([x[..., 1:].flatten(), x[..., :-1].flatten()])
-    correlation, spread = torch.corrcoef(neighbours)[0, 1].item(), x.std().item()
+    correlation = torch.corrcoef(neighbours)[0, 1].item()
+    spread = x.std().item()
     if not (correlation > 0.15 and 0.2 < spread < 1.7):
         raise UserError(f"samples of this teacher do not look like data (spread {spread:.2f}, "
                         f"neighbours' correlation {correlation:.2f}): another --teacher-format or "
@@ -1335,7 +1332,7 @@ def evaluate(student, teacher, data, config, out, log):
         for name, x in sets.items():
             metrics[name] = {"SW2 to data": sliced_w2(x, held_out) / unit, **data.coverage(x.cpu())}
             print(f"{name:>8}:", ", ".join(f"{k} {v:.3f}" for k, v in metrics[name].items()))
-    save_json(out / "metrics.json", metrics)
+    save(out / "metrics.json", lambda file: file.write(json.dumps(metrics, indent=1).encode()))
     save_pictures(network, metrics, sets, path, jumps, out)
 
 
@@ -1364,9 +1361,9 @@ def panels(n, view, width, rows=1):
     low, high = np.quantile(view.reshape(-1, 2).cpu().numpy(), [0.001, 0.999], axis=0)
     half = 0.575 * (high - low)
     half = np.where(half.max() < 5 * half, half.max(), half)  # one scale, if they are comparable
-    (left, bottom), (right, top) = (low + high) / 2 - half, (low + high) / 2 + half
+    sides = np.stack([low + high - 2 * half, low + high + 2 * half], 1) / 2
     for axis in axes.flat:
-        axis.set(xticks=[], yticks=[], xlim=(left, right), ylim=(bottom, top), box_aspect=1)
+        axis.set(xticks=[], yticks=[], xlim=sides[0], ylim=sides[1], box_aspect=1)
     return figure, axes.flatten()
 
 
@@ -1576,7 +1573,8 @@ def open_teacher(given, device):
 
 def run_training(given):
     """Train a teacher, distill it, compare the two. What cannot work is refused before."""
-    teacher, data, sources = None, None, {}
+    teacher = data = None
+    sources = {}
     device = given.get("device", Config.device)
     with explained(f"--device {device} is not available on this machine: give cpu"):
         device = torch.zeros(1, device=device).device
@@ -1605,14 +1603,13 @@ def run_training(given):
 
 def run_stages(network, data, config, out):
     """The stages of a run in their folder; network: the teacher, or one to be trained."""
-    log, exact = [], None
+    log = []
     if not config.teacher:
         first = dataclasses.replace(config, steps=config.teacher_steps,
                                     learning_rate=config.teacher_learning_rate)
         network, log = run_stage("teacher", FlowMatching(network, data, first), first, out)
-    if config.exact_teacher:
-        exact = copy.deepcopy(data).to(network.pos_embed.device)
     if config.stage == "all":
+        exact = copy.deepcopy(data).to(network.pos_embed.device) if config.exact_teacher else None
         distiller = make_distiller(network, config, exact)
         score = endpoint_score(distiller.teacher, network, config)
         student, more = run_stage("student", distiller, config, out, score)
