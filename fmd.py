@@ -178,11 +178,10 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     v_G is the student's generating velocity. D_G = 0 for all z and delta if and only if f is the
     teacher's flow map [7]. Returns a constant (B, C, H, W). F: F(z, delta), if already computed.
 
-    form        how v_G is computed; all agree as h -> 0 (h: a number or (B,), in delta)
+    form        all agree as h -> 0 (h: a number or (B,), in delta)
       jvp         forward-mode derivative, exact
       difference  (F(z, delta + h) - F(z, delta - h)) / 2h
-      step        ours: from f(z, delta - h) the teacher takes `steps` RK4 steps to delta, where
-                  f(z, delta) is compared. `average`: a student whose start is less noisy.
+      step        ours, without a derivative: see step_gradient
     Raises ValueError for another form.
     """
     if F is None:
@@ -190,8 +189,7 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     h = torch.as_tensor(h, device=z.device).view(-1)
     f = z + expand(delta) * F
     if form == "step":
-        start = (average or student).f(z, delta - h, y, guidance)
-        return (f - solve_ode(u, start, steps, "rk4", y, t=1 - delta + h, h=h)) / expand(h)
+        return step_gradient(f, average or student, u, z, delta, y, guidance, h, steps)
     # Why a partial derivative: one noise z has one path, and only delta moves along it. In MeanFlow
     # the start of the path moves too, so its identity has a total derivative.
     if form == "jvp":
@@ -211,6 +209,19 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     # place. Errors compound: ||f - phi|| at delta = 1 is at most the integral over delta of ||D_G||
     # exp(integral of L from delta to 1), L a one-sided Lipschitz constant of u, > 0 between modes.
     return F + expand(delta) * dF - u(f, 1 - delta, y)  # [7] as a residual: D_G of [9]
+
+
+def step_gradient(f, average, u, z, delta, y, guidance, h, steps):
+    """The form `step` of D_G, which is not the paper's; skip it at first. (B, C, H, W).
+
+    Over an interval of length h that ends at delta: the student jumps from z to its start, the
+    teacher solves it in `steps` RK4 steps, and f = f(z, delta) is compared with where that ends. No
+    error of a derivative enters, and what is right at one delta is carried on by h at a time.
+    average: the student, or one with averaged weights, whose jump is less noisy.
+    """
+    start = average.f(z, delta - h, y, guidance)
+    end = solve_ode(u, start, steps, "rk4", y, t=1 - delta + h, h=h)
+    return (f - end) / expand(h)
 
 
 @torch.no_grad()
@@ -268,8 +279,8 @@ class Distiller(nn.Module):
                                       self.average, c.step_count)
             metrics["prediction"] = mean_square(D_G).mean()
             norm_G = mean_square(D_G).sqrt().mean()
-            if c.prediction == "step":
-                D_G = expand(h / delta) * D_G  # from the error of v_G to that of F itself
+            if c.prediction == "step":  # h D_G / delta is the error of F: F - (end - z) / delta
+                D_G = expand(h / delta) * D_G
             # Why F * sg(D): its gradient is (dF/dtheta)^T D, that of 1/2 ||F - sg(F - D)||^2 [8].
             # Why sg: the target F - D depends on the weights too. Its gradient would need second
             # derivatives, and would move f to where the target is easy instead of to the teacher.
@@ -693,7 +704,8 @@ def make_toy(name):
 def load_points(path):
     """The rows of an N x 2 array as narrow Gaussians without labels. They may lie anywhere and have
     any scale: each coordinate is standardised, and samples are mapped back. Raises UserError."""
-    with explained(f"--toy {path}: give N x 2 finite numbers that vary in both columns"):
+    with explained(f"--toy {path}: give one of {', '.join(TOYS)}, or FILE.npy with N x 2 finite "
+                   "numbers that vary in both columns"):
         points = np.load(path, allow_pickle=False).astype(np.float64)
         scale = points.std(0)
         if points.shape[1:] != (2,) or not ((scale > 0) & np.isfinite(scale)).all():
@@ -708,9 +720,10 @@ class ImageData:
 
     center = scale = None
 
-    def __init__(self, images, labels, num_classes, mirrored=False):
-        self.images, self.labels = images, torch.as_tensor(labels, dtype=torch.int64)
-        self.num_classes, self.mirrored = num_classes, mirrored
+    def __init__(self, images, labels, num_classes):
+        self.images = images
+        self.labels = torch.as_tensor(labels, dtype=torch.int64)
+        self.num_classes = num_classes
         self.shape = images.shape[1:]
 
     def draw(self, n, g):
@@ -720,8 +733,6 @@ class ImageData:
             raise UserError(f"row {row} of the data is constant or not finite: remove it")
         if self.images.dtype == np.uint8:
             x = x / 127.5 - 1
-        if self.mirrored:  # half of them
-            x = torch.where(torch.rand(n, 1, 1, 1, generator=g) < 0.5, x, x.flip(3))
         return x, self.labels[i]
 
     def coverage(self, x):  # where pictures may lie is not known
@@ -767,7 +778,9 @@ def open_data(config):
         found = source(config.data)
     x = torch.as_tensor(found.data).numpy()
     x = x.reshape(len(found.targets), *x.shape[1:3], -1).transpose(0, 3, 1, 2)  # (N, C, H, W)
-    return ImageData(x, found.targets, 10, mirrored=config.dataset == "cifar10")
+    if config.dataset == "cifar10":  # and its mirror images
+        return ImageData(np.concatenate([x, x[..., ::-1]]), 2 * list(found.targets), 10)
+    return ImageData(x, found.targets, 10)
 
 
 def to_view(x, network):
@@ -886,8 +899,6 @@ class Config:
                 raise UserError(f"{flag(f.name)} {value}: give {f.metadata['choices']}", 2)
         self.corrections = round(self.batch_size * self.correction_share)  # rows that correct
         self.is_guided = self.guidance_max > 1  # then the strength is an input of the student
-        if self.toy not in TOYS and not self.toy.endswith(".npy"):
-            raise UserError(f"--toy {self.toy}: give one of {', '.join(TOYS)} or an .npy file", 2)
         if self.hidden_size % (4 * self.num_heads):
             raise UserError("--hidden-size: give a multiple of 4 x --num-heads", 2)
         if self.prediction == "difference" and self.precision == "bfloat16":
@@ -1620,7 +1631,9 @@ def run_stages(network, data, config, out):
 
 
 def run_sampling(given):
-    """Draw samples of the student in --out, or of the newest run of the data set."""
+    """Draw samples of the student in --out, or of the newest run of the data set: samples.png, and
+    samples.npz in the layout of ADM's evaluation. arr_0 is pictures in uint8 (n, H, W, C), latents
+    (n, H, W, C), or points (n, 2); arr_1 is labels (n,). Every process computes its share."""
     dataset = given.pop("dataset", "toy2d")
     runs = sorted(Path("runs").glob(f"{dataset}*/student.pt"), key=os.path.getmtime)
     newest = [Path("runs", dataset), *(file.parent for file in runs)][-1]
@@ -1634,7 +1647,8 @@ def run_sampling(given):
             known = range(network.num_classes)
             labels = [known.index(int(label)) for label in config.classes.split(",")]
         y = torch.tensor(labels, device=y.device)[torch.arange(n) % len(labels)]
-    z, y = draw_noise(network, n, generator(config.seed, SAMPLING)), y.expand(n)
+    y = y.expand(n)
+    z = draw_noise(network, n, generator(config.seed, SAMPLING))
     mine = slice(RANK, None, WORLD)  # the rows that this process computes
     x = torch.zeros_like(z)
     x[mine] = in_batches(lambda z, y: jump(FlowMap(network), z, y, strength), z[mine], y[mine])
@@ -1642,23 +1656,17 @@ def run_sampling(given):
         distributed.all_reduce(x)
     if not x.isfinite().all():
         raise UserError(f"{out / 'student.pt'} draws samples that are not finite: train it again")
-    if RANK == 0:
-        print(f"{out / 'student.pt'}: step {file['step']} of {config.steps}")
-        write_samples(x.cpu(), y.cpu().numpy(), network, config, out)
-
-
-def write_samples(x, y, network, config, out):
-    """samples.png, and samples.npz in the layout of ADM's evaluation: arr_0 is pictures in uint8
-    (n, H, W, C), latents (n, H, W, C), or points (n, 2); arr_1 is labels (n,)."""
-    rows = x.permute(0, 2, 3, 1)
+    rows = x.cpu().permute(0, 2, 3, 1)  # (n, H, W, C)
     if is_plane(x):
-        rows = to_view(x, network).flatten(1)
+        rows = to_view(x, network).flatten(1)  # (n, 2)
     elif config.dataset != "imagenet":
         rows = (127.5 * (rows + 1)).clamp(0, 255).to(torch.uint8)
-    save(out / "samples.npz", lambda file: np.savez(file, rows.numpy(), y))
-    shown = to_view(x[: max(40, 8000 // math.prod(network.shape))], network)
-    plot_samples({"student": shown}).savefig(out / "samples.png", dpi=110)
-    print(f"{len(x)} samples are in {out / 'samples.npz'}, a picture in {out / 'samples.png'}")
+    if RANK == 0:
+        save(out / "samples.npz", lambda file: np.savez(file, rows.numpy(), y.cpu().numpy()))
+        shown = to_view(x[: max(40, 8000 // math.prod(network.shape))], network)
+        plot_samples({"student": shown}).savefig(out / "samples.png", dpi=110)
+        print(f"{n} samples of step {file['step']} of {config.steps} are in {out}: samples.npz, "
+              "samples.png")
 
 
 def main(argv=None):

@@ -953,7 +953,7 @@ def test_points_are_standardised_and_mapped_back(tmp_path):
     np.testing.assert_allclose((back - [1e9, 5.0]) / [1e6, 1e-3], x, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["missing", "npz", "shape", "constant", "nan", "text"])
+@pytest.mark.parametrize("kind", ["missing", "name", "npz", "shape", "constant", "nan", "text"])
 def test_points_that_cannot_be_used_are_one_line(kind, tmp_path, capsys):
     x, path = np.random.default_rng(0).normal(size=(9, 2)), tmp_path / "p.npy"
     bad = {"shape": x.T, "constant": x * [1, 0], "nan": np.where(x == x[0, 0], np.nan, x)}
@@ -964,6 +964,8 @@ def test_points_that_cannot_be_used_are_one_line(kind, tmp_path, capsys):
         (tmp_path / "p.npz").rename(path)
     elif kind == "text":
         path.write_text("no array")
+    elif kind == "name":
+        path = "chequerboard"
     line = run("--toy", path, "--out", tmp_path / "out", *TINY, status=1, capsys=capsys)
     assert line.startswith("fmd: ") and "--toy" in line and not (tmp_path / "out").exists()
 
@@ -987,7 +989,7 @@ def test_the_sample_stage(finished, capsys):
 
 BAD_COMMANDS = [
     (["--nonsense", "1"], "nonsense"), (["--stage", "nothing"], "teacher"),
-    (["--dataset", "nothing"], "toy2d"), (["--toy", "nothing"], "checkerboard"),
+    (["--dataset", "nothing"], "toy2d"), (["--guidance-interval", "0.7", "0"], "--guidance-int"),
     (["--steps", "0"], "--steps"), (["--steps", "many"], "--steps"),
     (["--batch-size", "0"], "--batch-size"), (["--learning-rate", "nan"], "--learning-rate"),
     (["--learning-rate", "inf"], "--learning-rate"),
@@ -1086,9 +1088,22 @@ def test_digits_are_drawn_as_they_are(digits):
     pixels = ((drawn + 1) * 127.5).round().to(torch.uint8)
     assert data.shape == (1, 28, 28) and data.num_classes == 10
     assert [known[p.numpy().tobytes()] for p in pixels] == labels.tolist()
-    mirrored, _ = fmd.ImageData(data.images, y, 10, mirrored=True).draw(300, fmd.generator(0))
-    straight = (mirrored == drawn).flatten(1).all(1)
-    assert 100 < straight.sum() < 200 and torch.equal(mirrored[~straight], drawn[~straight].flip(3))
+
+
+def test_cifar_is_drawn_with_its_mirror_images(tmp_path, monkeypatch):
+    class CIFAR10:
+        def __init__(self, root, download=False):
+            self.data = np.random.default_rng(0).integers(0, 255, (50, 32, 32, 3), dtype=np.uint8)
+            self.targets = [i % 10 for i in range(50)]
+
+    monkeypatch.setattr(fmd.datasets, "CIFAR10", CIFAR10)
+    found, x = fmd.open_data(fmd.make_config("cifar10")), CIFAR10("").data
+    drawn, labels = found.draw(300, fmd.generator(0))
+    known = {p.tobytes(): (i, turned) for turned in (0, 1)
+             for i, p in enumerate(x[:, :, ::-1] if turned else x)}
+    pixels = ((drawn + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+    rows = [known[p.numpy().tobytes()] for p in pixels]
+    assert labels.tolist() == [i % 10 for i, _ in rows] and 100 < sum(t for _, t in rows) < 200
 
 
 @pytest.mark.parametrize("what", ["missing", "cut"])
