@@ -9,7 +9,8 @@ Conventions, everywhere in this file
     t = 0 is data, t = 1 is the prior N(0, I), and x_t = (1 - t) x + t n in between.
     u(x_t, t) = E[x - n | x_t] is the teacher's velocity. It points from noise to data.
     delta = 1 - t is the progress of a path: sampling solves dx/d(delta) = u(x, 1 - delta).
-    f(z, delta) = z + delta F(z, delta) is the student. f(z, 1) is its one-step sample.
+    phi(z, delta) is the state that the teacher's path from the noise z reaches at delta.
+    f(z, delta) = z + delta F(z, delta) is the student's phi. f(z, 1) is its one-step sample.
     Samples are images (B, C, H, W); a point of the plane is a 2 x 1 x 1 image.
     t, delta, r and guidance are (B,), or (1,) if one value serves all. Labels y are (B,) int64.
     The label num_classes is the null label: "any class".
@@ -70,20 +71,20 @@ from tqdm import tqdm
 # its flow map from noise alone, with two losses. Prediction compares the velocity with which the
 # student's map moves, d f / d delta, with the teacher's u. Correction compares the velocity of the
 # student's noised samples with u. Both start from z ~ N(0, I), the one distribution on which
-# teacher and student agree by construction. Data-based distillation starts from noised data. A
+# teacher and student agree by construction. Data-based distillation starts from noised data, but a
 # guided or imperfect teacher visits other states: the teacher-data mismatch.
 
 
 def generator(*key):
     """A random generator that depends only on the integers in `key`: seed, stream, step.
 
-    The randomness of a training step is a function of its number, so a run that continues needs no
-    saved generator state.
+    Then a run that continues needs no saved state of a generator, and all processes draw the same
+    batch, of which each takes its own rows.
     """
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
-TEACHER, STUDENT, WEIGHTS, EVALUATION, SAMPLING = range(5)  # streams
+TEACHER, STUDENT, WEIGHTS, EVALUATION, SAMPLING = range(5)  # one stream for each use
 
 
 def expand(v):
@@ -99,8 +100,8 @@ def interpolate(x, n, t):
 class FlowMap:
     """The student: a velocity network read as F, the average velocity from t = 1 to t = 1 - delta.
 
-    With the teacher's weights the start is exact where paths start: at delta = 0 (and without
-    guidance) the solution is F(z, 0) = u(z, 1), which is what the network returns there.
+    A student with the teacher's weights is exact at delta = 0 (without guidance): the solution
+    there is F(z, 0) = u(z, 1), which is what the network returns. It learns onwards from there.
     """
 
     def __init__(self, network):
@@ -115,7 +116,8 @@ class FlowMap:
         return z + expand(delta) * self.F(z, delta, y, guidance)
 
 
-# Runge-Kutta methods: where in a step the later slopes are taken, and the weights of all slopes.
+# Runge-Kutta methods. Slopes after the first are evaluated at these fractions of a step, each at
+# the state to which the slope before it leads. Then come the weights that average all slopes.
 METHODS = {"euler": ([], [1]), "heun": ([1], [1 / 2, 1 / 2]),
            "rk4": ([1 / 2, 1 / 2, 1], [1 / 6, 1 / 3, 1 / 3, 1 / 6])}
 
@@ -137,7 +139,7 @@ def solve_ode(u, z, steps, method="heun", y=None, return_path=False, t=1.0, h=1.
     for _ in range(steps):
         x = path[-1]
         slopes = [u(x, t, y)]
-        for place in places:  # each slope leads to the state at which the next one is taken
+        for place in places:
             slopes.append(u(x + expand(place * step) * slopes[-1], t - place * step, y))
         path.append(x + expand(step) * sum(w * slope for w, slope in zip(weights, slopes)))
         t = t - step
@@ -170,18 +172,20 @@ def mean_square(D):
     return D.flatten(1).square().mean(1)
 
 
-@torch.no_grad()
+@torch.no_grad()  # this is the stop-gradient sg: D_G is a constant
 def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp", h=0.005, F=None,
                         average=None, steps=1):
     """Predict: D_G = v_G - u(f, 1 - delta) [9], where v_G = d f / d delta = F + delta dF/ddelta.
 
-    v_G is the student's generating velocity. D_G = 0 for all z and delta if and only if f is the
-    teacher's flow map [7]. Returns a constant (B, C, H, W). F: F(z, delta), if already computed.
+    v_G is the student's generating velocity. [7] says v_G = u(f, 1 - delta), which holds for all z
+    and delta if and only if f = phi. Returns a constant (B, C, H, W).
+
+    F           F(z, delta), if it is already computed
 
     form        all agree as h -> 0 (h: a number or (B,), in delta)
       jvp         forward-mode derivative, exact
       difference  (F(z, delta + h) - F(z, delta - h)) / 2h
-      step        ours, without a derivative: see step_gradient
+      step        ours, without a derivative: see step_gradient, also for average and steps
     Raises ValueError for another form.
     """
     if F is None:
@@ -204,19 +208,20 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
         dF = dF / expand(high - low)
     else:
         raise ValueError(f"unknown form {form}: choose from jvp, difference, step")
-    # Why u is evaluated at f: the ODE says d f / d delta = u(f, 1 - delta), and the student's own
-    # state costs neither data nor a solver. The price: while f is wrong, u is evaluated at a wrong
-    # place. Errors compound: ||f - phi|| at delta = 1 is at most the integral over delta of ||D_G||
-    # exp(integral of L from delta to 1), L a one-sided Lipschitz constant of u, > 0 between modes.
+    # Why u is evaluated at f: the ODE says d f / d delta = u(f, 1 - delta), and this state needs
+    # neither data nor a solver. The price: while f is wrong, u is evaluated at a wrong place, and
+    # errors compound. ||f - phi|| at delta = 1 is at most the integral of ||D_G|| g over delta. The
+    # growth g is exp(integral of L from delta to 1), where L is the rate at which u drives
+    # neighbouring states apart: positive between modes, negative inside of one.
     return F + expand(delta) * dF - u(f, 1 - delta, y)  # [7] as a residual: D_G of [9]
 
 
 def step_gradient(f, average, u, z, delta, y, guidance, h, steps):
-    """The form `step` of D_G, which is not the paper's; skip it at first. (B, C, H, W).
+    """The form `step` of D_G, (B, C, H, W), which is not the paper's; skip it at first.
 
-    Over an interval of length h that ends at delta: the student jumps from z to its start, the
-    teacher solves it in `steps` RK4 steps, and f = f(z, delta) is compared with where that ends. No
-    error of a derivative enters, and what is right at one delta is carried on by h at a time.
+    Take an interval of length h that ends at delta. The student jumps from z to the start of the
+    interval. From there the teacher's ODE is solved up to delta in `steps` RK4 steps, and f, which
+    is f(z, delta), is compared with that end. There is no derivative whose error could enter.
     average: the student, or one with averaged weights, whose jump is less noisy.
     """
     start = average.f(z, delta - h, y, guidance)
@@ -231,8 +236,8 @@ def correction_gradient(v_N, u, x_r, r, y=None):
     v_N: the student's noising velocity at x_r, which is the velocity of its own noised samples.
     With D_N held constant, F(z, 1)^T D_N has the gradient of KL(student's x_r || teacher's x_r)
     [10], up to a weight (1 - r)^2 / r, because score and velocity determine each other:
-    score = ((1 - r) u - x_r) / r. D_N need not vanish for a perfect student: a guided or learned u
-    is not exactly the velocity of what its own ODE generates.
+    score = ((1 - r) u - x_r) / r. Even for a perfect student D_N is not zero if u is guided or
+    learned: then u is not exactly the velocity of the samples that its own ODE generates.
     """
     return v_N - u(x_r, r, y)  # [11]
 
@@ -243,22 +248,26 @@ EPS = 1e-3  # keeps decay and lambda from dividing by zero; the paper's value is
 def decay(D, k):
     """D / (||D||^2 / d + eps)^k, per sample.
 
-    What k does: with k = 0 the loss is the squared residual, and the few noises whose neighbours go
-    to another mode dominate it. With k = 1/2 all samples pull equally. With k = 1 large residuals
-    are damped. This matters with the correction, because prediction and correction
-    disagree where residuals are large: the paper's FID is 43.5 with k = 0 and 5.6 with k = 1.
+    What k does: with k = 0 the loss is the squared residual, and a few noises with large residuals
+    dominate it. With k = 1/2 all samples pull equally. With k = 1 large residuals are damped. There
+    prediction and correction disagree: one pulls a sample to the mode of its noise, the other to
+    the nearest mode. With both, the paper's FID (DiT-B/2) is 43.5 at k = 0 and 5.6 at k = 1.
     """
     return D / expand((mean_square(D) + EPS) ** k)
 
 
 class Distiller(nn.Module):
-    """The paper's loss. forward is one training step: predict, correct, and train the critic.
+    """The paper's loss. forward computes it for one training step: predict, correct, and train the
+    critic.
 
-    network: a velocity network, read as the student's F; critic: another, which learns v_N. Both
-    start as copies of the teacher: v_N = u is right as soon as the student is. teacher: u(x, t, y),
-    never changed; config: see Config; mean: averages a tensor over processes. average: a FlowMap
-    with averaged weights, or None. The correction has a guidance interval of its own: in the paper
-    [0, 0.7] gives FID 5.6 and [0, 1] 8.7. A guided u is not the velocity of any noised samples.
+    network: a velocity network, read as the student's F; critic: another, which learns v_N;
+    teacher: u(x, t, y), never changed; config: see Config; mean: averages a tensor over processes.
+    average: a FlowMap with averaged weights, or None.
+
+    Both networks start as copies of the teacher. For the critic it is the right place: v_N is near
+    u as soon as the student is right. The correction has its own guidance interval, because a
+    guided u is not the velocity of any noised samples: in the paper [0, 0.7] gives FID 5.6, and
+    [0, 1] gives 8.7.
     """
 
     def __init__(self, network, critic, teacher, config, mean=lambda v: v):
@@ -283,10 +292,10 @@ class Distiller(nn.Module):
                 D_G = expand(h / delta) * D_G
             # Why F * sg(D): its gradient is (dF/dtheta)^T D, that of 1/2 ||F - sg(F - D)||^2 [8].
             # Why sg: the target F - D depends on the weights too. Its gradient would need second
-            # derivatives, and would move f to where the target is easy instead of to the teacher.
+            # derivatives, and would move f to where it is easily met instead of to the teacher.
             # The value of this loss means nothing; watch ||D||^2 and the endpoint error.
             loss = loss + (F * decay(D_G, c.decay)).mean()  # [9]
-        if len(z_N):  # Correct, only at delta = 1: the paper found no gain elsewhere
+        if len(z_N):  # Correct, at delta = 1, where samples are: the paper found no gain elsewhere
             u = guided(self.teacher, guidance_N, c.correction_interval)
             F = student.F(z_N, torch.ones_like(r), y_N, guidance_N)
             x = (z_N + F).detach()  # f(z, 1), one-step samples
@@ -295,15 +304,15 @@ class Distiller(nn.Module):
             # Flow matching on fresh samples learns its velocity, for the same label and strength.
             v_N = self.critic(x_r, r, y_N, guidance_N)
             critic_loss = (v_N - (x - n)).square().mean()
-            D_N = correction_gradient(v_N, u, x_r, r, y_N)
+            D_N = correction_gradient(v_N, u, x_r, r, y_N)  # a constant also for the critic
             if len(z_G):
                 # Why lambda: the sizes of D_G and D_N differ and change. ||D_G|| before its decay
                 # makes the correction fade as the prediction succeeds.
                 norms = self.mean(torch.stack([norm_G, mean_square(D_N).sqrt().mean()]))
                 balance = c.alpha * norms[0] / (norms[1] + EPS)
-            # D_N has no decay: only as it is does it give the gradient of the KL divergence.
+            # D_N is not decayed: a weight of each sample would change the gradient of the KL.
             loss = loss + balance * (F * D_N).mean()  # [10]
-            loss = loss + critic_loss  # the critic's own; it has no gradient in the student
+            loss = loss + critic_loss  # trains the critic alone, since x is detached
             metrics["correction"] = mean_square(D_N).mean()
             metrics["critic"] = critic_loss.detach()
             metrics["lambda"] = torch.as_tensor(balance, device=r.device)
@@ -315,10 +324,10 @@ class Distiller(nn.Module):
         g = generator(c.seed, STUDENT, step)
         predict = c.batch_size - c.corrections
         batch = {**self.draw_prior(predict, "_G", g), **self.draw_prior(c.corrections, "_N", g)}
-        # delta: one value in each of equal parts of (0, 1), so that every batch covers the path.
-        # The form step can spend a share at delta = 1, where samples are: it compares values of f.
-        # A derivative at one delta does not fix the value of f there.
-        ends = round(c.end_share * predict) * (c.prediction == "step")
+        # delta: stratified, so that every batch covers the path. The form step compares values of
+        # f, so a share of its rows can be at delta = 1, where samples are. The other forms compare
+        # derivatives: one at delta = 1 does not fix the value of f there.
+        ends = round(c.end_share * predict) if c.prediction == "step" else 0
         parts = torch.arange(predict - ends) + torch.rand(predict - ends, generator=g)
         delta = 1 - (parts / max(1, predict - ends)) ** c.delta_power
         batch["delta"] = torch.cat([delta.clamp(min=1e-3), torch.ones(ends)])
@@ -326,9 +335,9 @@ class Distiller(nn.Module):
         if c.prediction == "step":
             longest = c.step_size * (0.5 + 0.5 * torch.rand(predict, generator=g))
             batch["h"] = torch.minimum(longest, batch["delta"])
-        # Why r lies near the noise: with little noise the two distributions hardly overlap where
-        # the student is wrong, and D_N says nothing about modes that it misses. With much noise
-        # they overlap, and D_N moves means and masses. The median of sigmoid(0.8 + N) is 0.69.
+        # Why r lies near the noise: with little noise the x_r of student and teacher hardly overlap
+        # where the student is wrong, and D_N says nothing about modes that it misses. With much
+        # noise they overlap, and D_N moves means and masses. The median is sigmoid(0.8) = 0.69.
         batch["r"] = torch.sigmoid(c.r_location + torch.randn(c.corrections, generator=g))
         batch["n"] = torch.randn(c.corrections, *self.network.shape, generator=g)
         return batch
@@ -442,8 +451,8 @@ class FlowMatching(nn.Module):
 class Embedder(nn.Module):
     """A number per sample, (B,) -> (B, D): cosines and sines, then a small MLP.
 
-    No frequency is above 1. The target of the prediction holds dF/ddelta, and a frequency
-    multiplies the error of that derivative.
+    Here no frequency is above 1: the target of the prediction holds the derivative of F in time,
+    and a frequency multiplies the error of that derivative.
     """
 
     def __init__(self, D):
@@ -453,7 +462,7 @@ class Embedder(nn.Module):
     def forward(self, v):
         frequencies = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=v.device))
         angle = v[:, None] * frequencies  # (B, 128)
-        # In bfloat16, embedders and last layer alone would cause a third of the error of D_G.
+        # Of the error of D_G in bfloat16, a third would come from embedders and last layer.
         with torch.autocast(v.device.type, enabled=False):
             return self.mlp(torch.cat([angle.cos(), angle.sin()], 1))
 
@@ -556,7 +565,8 @@ class DiT(nn.Module):
         tensors = teacher.state_dict()
         if guidance and not teacher.settings["guidance"]:
             for name, v in teacher.t_embedder.state_dict().items():
-                tensors[f"guidance_embedder.{name}"] = v * (not name.startswith("mlp.2"))
+                is_last = name.startswith("mlp.2")
+                tensors[f"guidance_embedder.{name}"] = torch.zeros_like(v) if is_last else v
         return cls.from_tensors({**teacher.settings, "guidance": guidance}, tensors)
 
     def forward(self, x, t, y=None, guidance=None):
@@ -632,7 +642,8 @@ def read_public(file, form="", num_heads=0):
     # SiT has twice the output channels, of which the second half is unused. REPA has projectors.
     is_sit = form == "sit" or kind == "velocity" or len(tensors[outputs[1]]) == 2 * C * p * p
     marks = [name for name in tensors if name.startswith(("projectors.", "decoder_blocks."))]
-    if is_sit == bool(form == "repa" or kind == "v" or marks):
+    is_repa = form == "repa" or kind == "v" or bool(marks)
+    if is_sit == is_repa:
         raise ValueError("it has marks of both SiT and REPA, or of none; they differ in sign and "
                          "time, so give the right --teacher-format")
     encoder = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
@@ -647,7 +658,7 @@ def read_public(file, form="", num_heads=0):
         tensors["t_embedder.mlp.0.weight"] = torch.cat(
             [of_cos * w.cos() + of_sin * w.sin(), of_cos * w.sin() - of_sin * w.cos()], 1)
     for name in outputs:
-        used = tensors[name].unflatten(0, (p * p, -1))[:, :C].flatten(0, 1)
+        used = tensors[name].unflatten(0, (p * p, -1))[:, :C].flatten(0, 1)  # pixel, channel
         tensors[name] = used if is_sit else -used
     table = tensors["y_embedder.embedding_table.weight"]
     classes = said.get("num_classes", 1000 if len(table) == 1000 else len(table) - 1)
@@ -863,7 +874,7 @@ class Config:
     # prediction [7, 8, 9]
     prediction: str = option("jvp", "form of v_G", choices=["jvp", "difference", "step"])
     delta_power: float = option(1.0, "delta = 1 - U(0, 1)^power; above 1: nearer to data", 0.1)
-    step_size: float = option(0.6, "longest interval of the form step; shortest: half", 1e-4, 1)
+    step_size: float = option(0.6, "longest interval h of the form step", 1e-4, 1)
     step_count: int = option(2, "RK4 steps of the teacher in an interval", 1)
     end_share: float = option(0.0, "share of the intervals that end at delta = 1", 0, 1)
     ema_target: bool = option(False, "intervals start from the student's averaged weights")
@@ -907,8 +918,8 @@ class Config:
             raise UserError(f"--guidance: the student is trained for 1 to {self.guidance_max}", 2)
 
 
-# Settings that may differ when a run continues: they change its speed (micro-batches also lambda,
-# which each of them computes from its own rows) or what is measured.
+# Settings that may differ when a run continues, because they change its speed or what is measured.
+# (Micro-batches also change lambda, which each of them computes from its own rows.)
 FREE = {"recipe", "quick", "stage", "out", "debug", "data", "teacher", "trust_teacher", "guidance",
         "learning_rate", "teacher_learning_rate", "critic_learning_rate", "device", "compile",
         "micro_batch_size", "activation_checkpointing", "eval_samples", "samples", "classes"}
@@ -982,8 +993,8 @@ def micro_batches(config, *sizes):
 
 
 def make_distiller(start, config, teacher=None):
-    """The Distiller of a teacher, or of the network `start` if it is None. Student and critic start
-    as copies of `start`: the critic's target approaches it as the student becomes right."""
+    """A Distiller whose student and critic start as copies of the network `start`, which is also
+    its teacher unless another is given."""
     student, critic = (DiT.from_teacher(start, config.is_guided) for _ in range(2))
     if config.corrections == 0:
         critic = None
@@ -1072,7 +1083,7 @@ def train(module, config, state=None):
         batch, sums = module.draw(state.step), []
         count = micro_batches(config, *{len(v) for v in batch.values()})
         for i in range(count):
-            rows = slice(RANK * count + i, None, WORLD * count)
+            rows = slice(RANK * count + i, None, WORLD * count)  # delta is sorted: take strides
             part = {name: v[rows].to(device) for name, v in batch.items()}
             waits = WORLD > 1 and i < count - 1  # gradients are exchanged once, with the last part
             with parallel.no_sync() if waits else contextlib.nullcontext():
@@ -1081,7 +1092,8 @@ def train(module, config, state=None):
                 (loss / count).backward()
             sums.append(torch.stack([loss.detach(), *metrics.values()]))
         loss, *means = mean_over_processes(torch.stack(sums).mean(0))
-        skipped = (skipped + 1) * (not state.update(loss))
+        is_updated = state.update(loss)
+        skipped = 0 if is_updated else skipped + 1
         if skipped == 10:
             advice = "lower the learning rate; the same command continues from the last checkpoint"
             if not all(v.isfinite().all() for v in batch.values()):
@@ -1293,11 +1305,13 @@ def endpoint_score(teacher, network, config):
 
 
 def check_teacher(teacher):
-    """Raise UserError if a teacher's samples do not look like pictures or latents. Every score
-    compares the student with its teacher, so a file that is read in a wrong way would end with good
-    ones. REPA read as SiT maps noise to noise, whose neighbouring values have a correlation of 0
-    (pictures and latents: above 0.5). A network that predicts noise doubles its input, and data has
-    a spread near 1."""
+    """Raise UserError if a teacher's samples do not look like pictures or latents.
+
+    Scores compare the student with its teacher, so a file that is read in a wrong way would end
+    with good ones. REPA read as SiT maps noise to noise, whose neighbouring values have a
+    correlation of 0 (pictures and latents: above 0.5). A network that predicts noise, u = n, gives
+    2z (data: a spread near 1).
+    """
     z = draw_noise(teacher, 16, generator(0))
     y = torch.arange(16, device=z.device) % max(1, teacher.num_classes)
     x = in_batches(lambda z, y: solve_ode(teacher, z, 8, "heun", y), z, y)
@@ -1330,7 +1344,8 @@ def evaluate(student, teacher, data, config, out, log):
     sets = {"teacher": in_batches(lambda z, y: solve_ode(u, z, SET_STEPS, "rk4", y), z, y),
             "student": in_batches(lambda z, y: jump(student, z, y, strength), z, y)}
     others = in_batches(lambda z, y: solve_ode(u, z, SET_STEPS, "rk4", y), other, y)
-    floor, distance = (sliced_w2(x, others) for x in sets.values())
+    floor = sliced_w2(sets["teacher"], others)
+    distance = sliced_w2(sets["student"], others)
     nfe = SOLVER_STEPS * 4 * (1 + config.is_guided)
     print(f"endpoint error {errors[-1]:.4f} of the spread (0 is exact); SW2 {distance / floor:.3f} "
           f"times its floor (1 is the goal); 1 evaluation instead of {nfe}")
@@ -1559,7 +1574,7 @@ def new_network(data, config):
         torch.manual_seed(generator(config.seed, WEIGHTS).initial_seed())
         return DiT(data.shape[1], data.shape[0], data.num_classes, config.hidden_size, config.depth,
                    config.num_heads, config.patch_size, fourier=is_plane(data), center=data.center,
-                   scale=data.scale)
+                   scale=data.scale)  # public networks for pictures have no Fourier inputs
 
 
 def open_teacher(given, device):
@@ -1600,7 +1615,8 @@ def run_training(given):
         x, _ = data.draw(64, generator(0))
         sources["data"] = [x.double().sum().item(), len(data.labels), data.center, data.scale]
     network = teacher or new_network(data, config).to(device)
-    if config.exact_teacher and len(getattr(data, "means", range(9999))) > GaussianMixture.MOST:
+    is_toy = isinstance(data, GaussianMixture) and len(data.means) <= data.MOST
+    if config.exact_teacher and not is_toy:
         raise UserError("--exact-teacher: only toys have one, with 2000 points at most", 2)
     micro_batches(config, config.batch_size - config.corrections, config.corrections)
     if config.dataset == "toy2d":  # more threads gain nothing on networks as small as these
