@@ -178,9 +178,7 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     """Predict: D_G = v_G - u(f, 1 - delta) [9], where v_G = d f / d delta = F + delta dF/ddelta.
 
     v_G is the student's generating velocity. [7] says v_G = u(f, 1 - delta), which holds for all z
-    and delta if and only if f = phi. Returns a constant (B, C, H, W).
-
-    F           F(z, delta), if it is already computed
+    and delta if and only if f = phi. F: F(z, delta), if it is known. Returns (B, C, H, W).
 
     form        all agree as h -> 0 (h: a number or (B,), in delta)
       jvp         forward-mode derivative, exact
@@ -642,8 +640,7 @@ def read_public(file, form="", num_heads=0):
     # SiT has twice the output channels, of which the second half is unused. REPA has projectors.
     is_sit = form == "sit" or kind == "velocity" or len(tensors[outputs[1]]) == 2 * C * p * p
     marks = [name for name in tensors if name.startswith(("projectors.", "decoder_blocks."))]
-    is_repa = form == "repa" or kind == "v" or bool(marks)
-    if is_sit == is_repa:
+    if is_sit == (form == "repa" or kind == "v" or bool(marks)):
         raise ValueError("it has marks of both SiT and REPA, or of none; they differ in sign and "
                          "time, so give the right --teacher-format")
     encoder = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
