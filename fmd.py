@@ -5,6 +5,9 @@ distills such a teacher into a student that needs one evaluation, and it uses no
 It follows Tong, Ma, Xie and Jaakkola, "Flow Map Distillation Without Data" (FreeFlow, arXiv
 2511.19428). Numbers in [brackets] are the paper's equations.
 
+Map: 1. The method (the whole paper, in reading order: read this first)  2. Teachers  3. Network
+4. Data  5. Settings  6. Training  7. Measures  8. Pictures  9. Command line (skip 7 to 9 at first)
+
 Conventions, everywhere in this file
     t = 0 is data, t = 1 is the prior N(0, I), and x_t = (1 - t) x + t n in between.
     u(x_t, t) = E[x - n | x_t] is the teacher's velocity. It points from noise to data.
@@ -15,27 +18,15 @@ Conventions, everywhere in this file
     t, delta, r and guidance are (B,), or (1,) if one value serves all. Labels y are (B,) int64.
     The label num_classes is the null label: "any class".
 
-Map of the file
-    1. The method        the whole paper, in reading order; read this first
-    2. Teachers          exact velocity of a Gaussian mixture; flow matching
-    3. Network           the DiT, and how to read SiT and REPA files
-    4. Data              toys, pictures, latents
-    5. Settings          one dataclass, presets and recipes
-    6. Training          one loop for teacher and student, checkpoints
-    7. Measures          8. Pictures          9. Command line          skip these at first
-
 Commands to paste; the same command continues a run that was interrupted
     python fmd.py --dataset toy2d                            # a 2-D toy: teacher, student, pictures
     python fmd.py --toy spirals --recipe paper               # the paper's own loss and values
-    python fmd.py --toy gaussians --exact-teacher            # errors against the truth
-    python fmd.py --toy points.npy                           # your own N x 2 array
-    python fmd.py --stage sample --samples 1000 --classes 0,3
     python fmd.py --dataset mnist --quick                    # digits with guidance, on two cores
     python fmd.py --dataset imagenet --teacher SiT-XL-2-256x256.pt --out runs/sit
-    torchrun --nproc_per_node=8 fmd.py --stage sample --out runs/sit --samples 50000 --guidance 1.4
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -58,21 +49,20 @@ from matplotlib.animation import FuncAnimation
 from matplotlib.figure import Figure
 from torch import distributed, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision import datasets
-from torchvision.utils import make_grid
+from torchvision import datasets, utils
 from tqdm import tqdm
 
-# -------------------------------------------------------------------------------------------------
-# 1. The method
+# 1. The method -----------------------------------------------------------------------------------
 # A teacher is anything that can be called as u(x, t, y) and returns a velocity. The student learns
 # its flow map from noise alone, with two losses. Prediction compares the velocity with which the
 # student's map moves, d f / d delta, with the teacher's u. Correction compares the velocity of the
 # student's noised samples with u. Both start from z ~ N(0, I), the one distribution on which
 # teacher and student agree by construction. Data-based distillation starts from noised data, but a
 # guided or imperfect teacher visits other states: the teacher-data mismatch.
+
+TEACHER, STUDENT, WEIGHTS, EVALUATION, SAMPLING = range(5)  # streams of random numbers
 
 
 def generator(*key):
@@ -82,9 +72,6 @@ def generator(*key):
     batch, of which each takes its own rows.
     """
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
-
-
-TEACHER, STUDENT, WEIGHTS, EVALUATION, SAMPLING = range(5)  # one stream for each use
 
 
 def expand(v):
@@ -125,11 +112,9 @@ METHODS = {"euler": ([], [1]), "heun": ([1], [1 / 2, 1 / 2]),
 @torch.no_grad()
 def solve_ode(u, z, steps, method="heun", y=None, return_path=False, t=1.0, h=1.0):
     """Integrate dx/d(delta) = u(x, 1 - delta) in `steps` equal steps of Euler, Heun or RK4.
-
     By default from noise z at t = 1 to a sample phi(z, 1) at t = 0; with t and h, numbers or (B,),
     from states z at times t to times t - h. Returns the last state (B, C, H, W), or with
-    return_path all, (steps + 1, B, C, H, W). Raises ValueError for no steps or an unknown method.
-    """
+    return_path all, (steps + 1, B, C, H, W). Raises ValueError for no steps or another method."""
     if steps < 1 or method not in METHODS:
         raise ValueError(f"solve_ode: {steps} steps of {method}; give 1 or more of {[*METHODS]}")
     places, weights = METHODS[method]
@@ -148,10 +133,8 @@ def solve_ode(u, z, steps, method="heun", y=None, return_path=False, t=1.0, h=1.
 
 def guided(teacher, guidance, interval=(0.0, 1.0)):
     """Classifier-free guidance: u_gamma = gamma u(.|y) + (1 - gamma) u(.|null), another teacher.
-
     guidance: gamma, (B,) or (1,), or None, which returns the teacher itself. gamma is 1 for t
-    outside of the interval. teacher.num_classes is the null label. One call of twice the batch.
-    """
+    outside of the interval. teacher.num_classes is the null label. One call of twice the batch."""
     if guidance is None:
         return teacher
 
@@ -230,7 +213,6 @@ def step_gradient(f, average, u, z, delta, y, guidance, h, steps):
 @torch.no_grad()
 def correction_gradient(v_N, u, x_r, r, y=None):
     """Correct: D_N = v_N - u(x_r, r) [11]. Returns a constant (B, C, H, W).
-
     v_N: the student's noising velocity at x_r, which is the velocity of its own noised samples.
     With D_N held constant, F(z, 1)^T D_N has the gradient of KL(student's x_r || teacher's x_r)
     [10], up to a weight (1 - r)^2 / r, because score and velocity determine each other:
@@ -353,35 +335,28 @@ class Distiller(nn.Module):
         return batch
 
 
-# -------------------------------------------------------------------------------------------------
-# 2. Teachers
-# The exact velocity of a mixture of Gaussians, with which errors can be measured against the truth,
-# and flow matching, which trains a network on any data.
+# 2. Teachers -------------------------------------------------------------------------------------
+# The exact velocity of a Gaussian mixture, to measure errors against; flow matching, for any data.
 
 
 class GaussianMixture(nn.Module):
     """Equally likely Gaussians N(means[k], blur^2 I): data, its exact velocity, and its support.
-
     means: (K, d); blur > 0; labels: (K,) int64 below num_classes, all 0 without classes. center,
-    scale: lists of d numbers, from these coordinates to the user's, or None.
-    """
-
-    MOST = 2000  # components for which velocity and support are computed: memory is B x K
+    scale: lists of d numbers, from these coordinates to the user's, or None."""
 
     def __init__(self, means, blur, labels, num_classes, center=None, scale=None):
         super().__init__()
         self.register_buffer("means", means)
         self.register_buffer("labels", labels)
         self.blur, self.num_classes = blur, num_classes
+        self.is_known = len(means) <= 2000  # velocity and support take memory of B x K numbers
         self.shape = (means.shape[1], 1, 1)
         self.center, self.scale = center, scale
 
     def forward(self, x, t, y=None):
         """The exact u(x, t | y): (B, d, 1, 1), (B,) or (1,), (B,) or None -> (B, d, 1, 1).
-
         p_t is a mixture with means (1 - t) mu_k and variance (1 - t)^2 blur^2 + t^2. Given k,
-        E[x - n | x_t] = mu_k + slope (x_t - (1 - t) mu_k).
-        """
+        E[x - n | x_t] = mu_k + slope (x_t - (1 - t) mu_k)."""
         x_t = x.flatten(1)
         t = t[:, None]
         variance = (1 - t) ** 2 * self.blur**2 + t**2
@@ -402,10 +377,8 @@ class GaussianMixture(nn.Module):
         return x[:, :, None, None], self.labels[k]
 
     def coverage(self, x):
-        """Of points x (N, d, 1, 1): the share outside, farther than 3.5 blurs from every component;
+        """Of points (N, d, 1, 1): the share outside, farther than 3.5 blurs from every component;
         and the points inside with the rarest label, as a share of those that are due to it."""
-        if len(self.means) > self.MOST:
-            return {}
         near = [torch.cdist(part, self.means).min(1) for part in x.flatten(1).split(2000)]
         outside = torch.cat([part.values for part in near]) > 3.5 * self.blur
         k = torch.cat([part.indices for part in near])[~outside]
@@ -415,22 +388,17 @@ class GaussianMixture(nn.Module):
 
 
 class FlowMatching(nn.Module):
-    """The teacher's loss: regress u(x_t, t) on x - n, whose conditional mean is the velocity.
-
-    data has shape, num_classes and draw(n, generator) -> images, labels.
-    """
+    """The teacher's loss: regress u(x_t, t) on x - n, whose conditional mean is the velocity."""
 
     def __init__(self, network, data, config):
         super().__init__()
         self.network, self.data, self.config = network, data, config
 
     def forward(self, x, n, t, y):
-        """Returns a scalar loss and a dict of scalar metrics."""
         loss = (self.network(interpolate(x, n, t), t, y) - (x - n)).square().mean()
         return loss, {"flow_matching": loss.detach()}
 
     def draw(self, step):
-        """The batch of a training step: data, noise, times, and labels of which some are null."""
         c = self.config
         g = generator(c.seed, TEACHER, step)
         x, y = self.data.draw(c.batch_size, g)
@@ -440,18 +408,13 @@ class FlowMatching(nn.Module):
         return {"x": x, "n": n, "t": t, "y": torch.where(is_null, self.data.num_classes, y)}
 
 
-# -------------------------------------------------------------------------------------------------
-# 3. Network
-# The diffusion transformer (DiT, arXiv 2212.09748), with the tensor names of public DiT, SiT and
-# REPA code. A point of the plane is one token, so the same network serves toys and pictures.
+# 3. Network --------------------------------------------------------------------------------------
+# DiT (arXiv 2212.09748), with the tensor names of public code. A point of the plane is one token.
 
 
 class Embedder(nn.Module):
-    """A number per sample, (B,) -> (B, D): cosines and sines, then a small MLP.
-
-    Here no frequency is above 1: the target of the prediction holds the derivative of F in time,
-    and a frequency multiplies the error of that derivative.
-    """
+    """A number per sample, (B,) -> (B, D): cosines and sines, then a small MLP. No frequency is
+    above 1: it would multiply the error of dF/ddelta, which the prediction's target holds."""
 
     def __init__(self, D):
         super().__init__()
@@ -479,10 +442,8 @@ class Block(nn.Module):
         norm = nn.LayerNorm if qk_norm else nn.Identity
         self.attn = nn.ModuleDict({"qkv": nn.Linear(D, 3 * D), "proj": nn.Linear(D, D),
                                    "q_norm": norm(self.head_dim), "k_norm": norm(self.head_dim)})
-        self.mlp = nn.Sequential()
-        self.mlp.fc1 = nn.Linear(D, 4 * D)
-        self.mlp.act = nn.GELU("tanh")
-        self.mlp.fc2 = nn.Linear(4 * D, D)
+        self.mlp = nn.Sequential(collections.OrderedDict(
+            fc1=nn.Linear(D, 4 * D), act=nn.GELU("tanh"), fc2=nn.Linear(4 * D, D)))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
 
     def attention(self, x):
@@ -502,22 +463,9 @@ class Block(nn.Module):
         return x + gate_m * self.mlp(modulate(x, shift_m, scale_m))
 
 
-def position_embedding(D, side):
-    """(1, side * side, D): sines and cosines of a token's column, then of its row."""
-    frequencies = 10000 ** (-4 * torch.arange(D // 4, dtype=torch.float64) / D)
-    angle = torch.arange(side, dtype=torch.float64)[:, None] * frequencies  # (side, D / 4)
-    line = torch.cat([angle.sin(), angle.cos()], 1)  # (side, D / 2)
-    return torch.cat([line.repeat(side, 1), line.repeat_interleave(side, 0)], 1)[None].float()
-
-
 class DiT(nn.Module):
-    """A velocity network u(x, t | y), and with guidance=True u(x, t | y, gamma).
-
-    forward: x (B, C, H, W); t (B,) or (1,) in [0, 1]; y (B,), (1,) or None, the null label;
-    guidance (B,), (1,) or None, strength 1 -> (B, C, H, W). Raises ValueError for guidance without
-    an input. fourier: sines and cosines of the coordinates as further inputs, with which a small
-    network can draw the sharp edges of a toy. center, scale: of the data, see GaussianMixture.
-    """
+    """u(x, t | y), and with guidance=True u(x, t | y, gamma). fourier: sines and cosines of x, with
+    which a small network draws the sharp edges of a toy. center, scale: see GaussianMixture."""
 
     def __init__(self, input_size=1, in_channels=2, num_classes=8, hidden_size=64, depth=3,
                  num_heads=1, patch_size=1, qk_norm=False, guidance=False, fourier=False,
@@ -528,7 +476,11 @@ class DiT(nn.Module):
         self.shape, self.num_classes = (C, input_size, input_size), num_classes
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(C, D, p, stride=p)})
         self.fourier_embedder = nn.Linear(6 * C * p * p, D) if fourier else None
-        self.register_buffer("pos_embed", position_embedding(D, input_size // p))
+        side = torch.arange(input_size // p, dtype=torch.float64)
+        angle = side[:, None] * 10000 ** (-4 * torch.arange(D // 4, dtype=torch.float64) / D)
+        line = torch.cat([angle.sin(), angle.cos()], 1)  # (side, D / 2)
+        place = [line.repeat(len(side), 1), line.repeat_interleave(len(side), 0)]  # column, row
+        self.register_buffer("pos_embed", torch.cat(place, 1)[None].float())  # (1, T, D)
         self.t_embedder = Embedder(D)
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, D)})
         self.guidance_embedder = Embedder(D) if guidance else None
@@ -552,14 +504,12 @@ class DiT(nn.Module):
         """A network with these tensors, in float32. Raises RuntimeError if they do not fit."""
         with torch.device("meta"):  # without drawing random weights first: XL is large
             network = cls(**settings)
-        tensors = {name: v.float().clone() for name, v in tensors.items()}
-        network.load_state_dict(tensors, assign=True)
+        network.load_state_dict({k: v.float().clone() for k, v in tensors.items()}, assign=True)
         return network
 
     @classmethod
     def from_teacher(cls, teacher, guidance=False):
-        """A copy of the teacher; with an input for guidance, which changes nothing yet: its last
-        layer is zero, the rest a copy of the time embedder."""
+        """A copy of the teacher. An input for guidance changes nothing yet: its last layer is 0."""
         tensors = teacher.state_dict()
         if guidance and not teacher.settings["guidance"]:
             for name, v in teacher.t_embedder.state_dict().items():
@@ -568,16 +518,17 @@ class DiT(nn.Module):
         return cls.from_tensors({**teacher.settings, "guidance": guidance}, tensors)
 
     def forward(self, x, t, y=None, guidance=None):
+        """x (B, C, H, W); t (B,) or (1,) in [0, 1]; y: None is the null label; guidance: None is
+        strength 1 -> (B, C, H, W). Raises ValueError for guidance without an input."""
         if y is None:
             y = torch.full((1,), self.num_classes, device=x.device)
         c = self.t_embedder(t) + self.y_embedder.embedding_table(y)
         if self.guidance_embedder is not None:
-            if guidance is None:
-                guidance = t.new_ones(1)
-            c = c + self.guidance_embedder(guidance)
+            c = c + self.guidance_embedder(t.new_ones(1) if guidance is None else guidance)
         elif guidance is not None:
             raise ValueError("this network has no input for guidance: give guidance_max above 1")
-        (C, H, W), p = self.shape, self.settings["patch_size"]
+        C, H, W = self.shape
+        p = self.settings["patch_size"]
         patches = nnf.unfold(x, p, stride=p).mT  # (B, T, C p p), tokens row by row
         proj = self.x_embedder.proj  # a convolution by name and shape, a matrix by what it does
         x = nnf.linear(patches, proj.weight.flatten(1), proj.bias) + self.pos_embed  # (B, T, D)
@@ -592,13 +543,11 @@ class DiT(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             shift, scale = self.final_layer.adaLN_modulation(c)[:, None].chunk(2, 2)
             x = self.final_layer.linear(modulate(x, shift, scale))  # (B, T, p p C)
-        x = x.view(-1, H // p, W // p, p, p, C).permute(0, 5, 1, 3, 2, 4)
-        return x.reshape(-1, C, H, W)
+        return x.view(-1, H // p, W // p, p, p, C).permute(0, 5, 1, 3, 2, 4).reshape(-1, C, H, W)
 
 
 # Pretrained teachers. SiT (arXiv 2401.08740) and REPA (arXiv 2410.06940) are DiTs with these names.
 # What differs is folded into their weights: u(x, t) = SiT(x, 1 - t) = -REPA(x, t).
-
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of S, B, L, XL by width: files do not tell
 WEIGHTS_IN = ("ema", "model_ema", "ema_model", "ema_state_dict", "shadow",  # averages come first
               "model", "state_dict", "model_state_dict")
@@ -681,8 +630,7 @@ def infer_settings(tensors, num_heads=0):
             "hidden_size": D, "num_heads": heads, "patch_size": p, "qk_norm": qk_norm}
 
 
-# -------------------------------------------------------------------------------------------------
-# 4. Data
+# 4. Data -----------------------------------------------------------------------------------------
 # Everything here has shape, num_classes and draw(n, generator) -> images (n, C, H, W), labels (n,).
 
 TOYS = ("checkerboard", "gaussians", "moons", "spirals", "rings")
@@ -690,21 +638,18 @@ TOYS = ("checkerboard", "gaussians", "moons", "spirals", "rings")
 
 def make_toy(name):
     """One of TOYS as a GaussianMixture: on a grid or along curves, with a spread near 1."""
-    def circle(radius, n):  # points as complex numbers
-        return torch.polar(torch.tensor(radius), 2 * math.pi * torch.arange(n) / n)
-
+    # turn[n]: n points of the unit circle; points are complex numbers
+    turn = {n: torch.polar(torch.ones(n), math.tau * torch.arange(n) / n) for n in (3, 8, 96, 192)}
     corners = [x + 1j * y for x in range(-2, 2) for y in range(-2, 2) if (x - y) % 2 == 0]
     cell = torch.tensor([x / 6 + 1j * y / 6 for x in range(6) for y in range(6)]) + (1 + 1j) / 12
-    moon = circle(1.4, 192)[:96] - (0.7 + 0.35j)
+    moon = 1.4 * turn[192][:96] - (0.7 + 0.35j)
     part = (torch.arange(96) + 0.5) / 96
     arm = torch.polar(2 * part.sqrt(), 6 * part.sqrt())
-    means, blur = {
-        "checkerboard": (torch.tensor(corners)[:, None] + cell, 0.08),
-        "gaussians": (circle(1.4, 8)[:, None], 0.15),
-        "moons": (torch.stack([moon, -moon]), 0.08),
-        "spirals": (torch.stack([arm, -arm]), 0.06),
-        "rings": (circle(1.15, 3)[:, None] + circle(0.7, 96), 0.06),
-    }[name]
+    means, blur = {"checkerboard": (torch.tensor(corners)[:, None] + cell, 0.08),
+                   "gaussians": (1.4 * turn[8][:, None], 0.15),
+                   "moons": (torch.stack([moon, -moon]), 0.08),
+                   "spirals": (torch.stack([arm, -arm]), 0.06),
+                   "rings": (1.15 * turn[3][:, None] + 0.7 * turn[96], 0.06)}[name]
     labels = torch.arange(len(means)).repeat_interleave(means.shape[1])
     return GaussianMixture(torch.view_as_real(means.flatten()), blur, labels, len(means))
 
@@ -727,6 +672,7 @@ class ImageData:
     """Labelled images (N, C, H, W): uint8 pictures, drawn in [-1, 1], or latents as they are."""
 
     center = scale = None
+    is_known = False  # their density is not, so no exact velocity and no support
 
     def __init__(self, images, labels, num_classes):
         self.images = images
@@ -743,13 +689,9 @@ class ImageData:
             x = x / 127.5 - 1
         return x, self.labels[i]
 
-    def coverage(self, x):  # where pictures may lie is not known
-        return {}
-
 
 def load_latents(path):
-    """Latents FILE.npy (N, C, S, S), which stay on the disk, and labels FILE_labels.npy (N,). The
-    labels that occur become 0, 1, ... in their order."""
+    """Latents FILE.npy (N, C, S, S), which stay on the disk, and labels FILE_labels.npy (N,)."""
     x = np.load(path, mmap_mode="r", allow_pickle=False)
     y = np.load(path.removesuffix(".npy") + "_labels.npy", allow_pickle=False)
     is_square = x.shape == (*y.shape, x.shape[1], x.shape[-1], x.shape[-1])
@@ -759,23 +701,20 @@ def load_latents(path):
         raise ValueError("8 channels are means and deviations: give samples of the posterior")
     spread = x[:: math.ceil(len(x) / 256)].astype(np.float32).std()
     if not 0.4 < spread < 2.5:
-        raise ValueError(f"their standard deviation is {spread:.3g}, not near 1: multiply them by "
-                         "the scaling_factor of their autoencoder")
+        raise ValueError(f"deviation {spread:.3g}, not 1: multiply by the VAE's scaling_factor")
     classes, y = np.unique(y, return_inverse=True)
     if RANK == 0:
-        print(f"{path}: {len(classes)} classes, labels {classes[0]} to {classes[-1]}, which are "
-              f"0 to {len(classes) - 1} here")
+        print(f"{path}: {len(classes)} classes, here from 0 on: {classes[0]} to {classes[-1]}")
     return ImageData(x, y, len(classes))
 
 
 def open_data(config):
-    """The data of a run: a toy; MNIST or CIFAR-10, which torchvision downloads into --data if they
-    are not there; or latents. Raises UserError."""
+    """The data of a run; MNIST and CIFAR-10 are downloaded if need be. Raises UserError."""
     if config.dataset == "toy2d":
         return make_toy(config.toy) if config.toy in TOYS else load_points(config.toy)
     if config.dataset == "imagenet":
-        with explained("--dataset imagenet: give a --teacher, or --data FILE.npy with N x C x S x S"
-                       " latents, and their integer labels in FILE_labels.npy"):
+        with explained("imagenet needs a --teacher, or --data FILE.npy with latents N x C x S x S "
+                       "and their labels in FILE_labels.npy"):
             return load_latents(config.data)
     with explained(f"{config.dataset} is not in --data {config.data} and cannot be downloaded: go "
                    "online, remove damaged files there, or give another folder"):
@@ -792,19 +731,17 @@ def open_data(config):
 
 
 def to_view(x, network):
-    """Samples as they are looked at, on the CPU: points in the coordinates of their data, pictures
-    as they are, three channels of latents."""
-    if network.settings["center"] is not None:
-        scale = torch.tensor(network.settings["scale"], dtype=torch.float64)[:, None, None]
-        center = torch.tensor(network.settings["center"], dtype=torch.float64)[:, None, None]
+    """Samples as one looks at them, on the CPU: points in the data's coordinates, 3 channels."""
+    frame = [network.settings[name] for name in ("scale", "center")]
+    if frame[0] is not None:
+        scale, center = torch.tensor(frame, dtype=torch.float64)[..., None, None]
         return x.cpu() * scale + center
     if x.shape[1] > 3:
         x = x[:, :3] / 2
     return x.cpu()
 
 
-# -------------------------------------------------------------------------------------------------
-# 5. Settings
+# 5. Settings -------------------------------------------------------------------------------------
 # One dataclass holds every setting, with its range and a line of help. The flags are made from it.
 
 
@@ -817,20 +754,16 @@ def explained(advice):
     """Within it any exception becomes a UserError that says what to do."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as e:
         raise UserError(f"{advice} ({type(e).__name__}: {str(e)[:300]})") from e
 
 
 def option(default, help, low=-math.inf, high=math.inf, choices=None):
     """A field of Config: default, help, closed range or choices."""
-    metadata = {"help": help, "low": low, "high": high, "choices": choices}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=locals())
 
 
 def flag(name):
-    """The flag of a field of Config."""
     return "--" + name.replace("_", "-")
 
 
@@ -927,9 +860,8 @@ PICTURES = {"patch_size": 2, "hidden_size": 384, "depth": 12, "num_heads": 6, "e
             "guidance_max": 4.0, "guidance": 2.0, "correction_interval": (0.0, 0.7),
             "eval_samples": 5000}
 PRESETS = {
-    "toy2d": {"label_dropout": 0.9, "t_location": -0.8, "teacher_steps": 1000,
-              "steps": 1400, "teacher_learning_rate": 8e-3, "learning_rate": 1e-2,
-              "critic_learning_rate": 1.6e-2},
+    "toy2d": {"label_dropout": 0.9, "t_location": -0.8, "teacher_steps": 1000, "steps": 1400,
+              "teacher_learning_rate": 8e-3, "learning_rate": 0.01, "critic_learning_rate": 0.016},
     "mnist": PICTURES,
     "cifar10": {**PICTURES, "teacher_steps": 200000, "steps": 100000},
     "imagenet": {**PICTURES, "hidden_size": 1152, "depth": 28, "num_heads": 16, "steps": 100000,
@@ -937,16 +869,13 @@ PRESETS = {
                  "teacher_learning_rate": 1e-4, "guidance_max": 3.0, "guidance": 1.4,
                  "ema_decay": 0.9999, "eval_samples": 2000},
 }
-# Which algorithm. paper: the derivative of F, and the paper's values where we know them. fast:
-# ours, with long intervals of delta, measured on small models only.
-RECIPES = {
-    "paper": {"prediction": "jvp", "decay": 1.0, "alpha": 1.0},
-    "fast": {"prediction": "step", "decay": 0.5, "alpha": 0.3, "delta_power": 1.5,
-             "end_share": 0.5, "ema_target": True, "correction_share": 0.125},
-}
-# How large: minutes on two cores.
+# Which algorithm: the paper's values where we know them, or ours, measured on small models only.
+RECIPES = {"paper": {"prediction": "jvp", "decay": 1.0, "alpha": 1.0},
+           "fast": {"prediction": "step", "decay": 0.5, "alpha": 0.3, "delta_power": 1.5,
+                    "end_share": 0.5, "ema_target": True, "correction_share": 0.125}}
+# How large: minutes on two cores. With alpha 1 and these learning rates digits are unstable.
 SMALL = {"hidden_size": 96, "depth": 4, "num_heads": 3, "patch_size": 4, "batch_size": 64,
-         "teacher_steps": 2500, "teacher_learning_rate": 2e-3, "steps": 2500, "eval_samples": 500,
+         "teacher_steps": 2500, "teacher_learning_rate": 2e-3, "steps": 2000, "eval_samples": 500,
          "learning_rate": 2e-3, "critic_learning_rate": 2e-3, "ema_decay": 0.995, "alpha": 0.3}
 QUICK = {"toy2d": {"teacher_steps": 300, "steps": 300, "eval_samples": 4000},
          "mnist": SMALL, "cifar10": SMALL, "imagenet": {}}
@@ -955,20 +884,20 @@ QUICK = {"toy2d": {"teacher_steps": 300, "steps": 300, "eval_samples": 4000},
 def make_config(dataset="toy2d", recipe="", quick=False, **given):
     """The settings of a data set: its preset, then those of a recipe ("paper" or "fast"; default:
     fast for toys, otherwise paper), then the sizes of quick, then what is given."""
-    if not recipe:
-        recipe = "fast" if dataset == "toy2d" else "paper"
+    recipe = recipe or ("fast" if dataset == "toy2d" else "paper")
     sizes = QUICK[dataset] if quick else {}
     settings = {**PRESETS[dataset], **RECIPES[recipe], **sizes, **given}
     return Config(dataset=dataset, recipe=recipe, quick=quick, **settings)
 
 
-# -------------------------------------------------------------------------------------------------
-# 6. Training
+# 6. Training -------------------------------------------------------------------------------------
 # One loop for both stages, and for any module with .network, .draw(step) and forward(**batch).
 
-IS_LAUNCHED = distributed.is_torchelastic_launched()  # by torchrun, as one of WORLD processes
-RANK = int(os.environ["RANK"]) if IS_LAUNCHED else 0  # process 0 writes the files
-WORLD = int(os.environ["WORLD_SIZE"]) if IS_LAUNCHED else 1
+LAUNCH = os.environ if distributed.is_torchelastic_launched() else {}  # by torchrun
+RANK = int(LAUNCH.get("RANK", 0))  # process 0 of WORLD writes the files
+WORLD = int(LAUNCH.get("WORLD_SIZE", 1))
+LOG_INTERVAL = 50  # steps between lines of the log; every fifth line has the endpoint error
+CHECKPOINT_INTERVAL = 500
 
 
 def mean_over_processes(v):
@@ -979,13 +908,11 @@ def mean_over_processes(v):
 
 
 def micro_batches(config, *sizes):
-    """How many micro-batches a process makes of its share of a batch with parts of these sizes.
-    Raises UserError if they would be uneven: their mean would not be the mean over the batch."""
+    """Micro-batches of a process. Raises UserError if uneven: their mean is not the batch's."""
     count = math.ceil(config.batch_size / WORLD / (config.micro_batch_size or config.batch_size))
     if any(size % (WORLD * count) for size in sizes):
-        raise UserError(f"batches of {' + '.join(map(str, sizes))} samples cannot be split evenly "
-                        f"into {WORLD} processes x {count} micro-batches: change --batch-size, "
-                        "--correction-share or --micro-batch-size", 2)
+        raise UserError(f"{' + '.join(map(str, sizes))} samples do not split evenly into {WORLD} "
+                        f"processes x {count}: change --batch-size or --micro-batch-size", 2)
     return count
 
 
@@ -1008,9 +935,8 @@ class TrainState:
     def __init__(self, module, config):
         self.config, self.step, self.log = config, 0, []
         self.ema = copy.deepcopy(module.network).requires_grad_(False)
-        trained = {"model": module.network}
-        if getattr(module, "critic", None) is not None:
-            trained["critic"] = module.critic
+        trained = {"model": module.network, "critic": getattr(module, "critic", None)}
+        trained = {name: network for name, network in trained.items() if network is not None}
         self.peaks = [config.learning_rate, config.critic_learning_rate]
         groups = [{"params": list(network.parameters())} for network in trained.values()]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
@@ -1024,8 +950,8 @@ class TrainState:
                     network.compile()
 
     def update(self, loss):
-        """One step of AdamW and of the average of the weights, unless loss or gradients are not
-        finite; returns whether. The learning rate rises linearly, then falls linearly to 0."""
+        """One step of the weights and of their average, unless loss or gradients are not finite;
+        returns whether. The learning rate rises linearly, then falls linearly to 0."""
         groups = self.optimizer.param_groups
         norms = [nn.utils.clip_grad_norm_(group["params"], self.CLIP) for group in groups]
         is_finite = torch.stack([loss, *norms]).isfinite().all().item()
@@ -1052,14 +978,6 @@ class TrainState:
             log = json.dumps(self.log, indent=1).encode()
             save(path.with_suffix(".json"), lambda file: file.write(log))
 
-    def restore(self, path):
-        """Read a checkpoint. Raises UserError."""
-        with explained(f"{path} cannot be continued: give another --out"):
-            saved = torch.load(path, "cpu", weights_only=True)
-            for name, part in self.parts.items():
-                part.load_state_dict(saved[name])
-            self.step, self.log = saved["step"], saved["log"]
-
 
 def train(module, config, state=None):
     """Train module.network, and module.critic if there is one, up to config.steps.
@@ -1067,15 +985,16 @@ def train(module, config, state=None):
     module.draw(step) -> {name: tensor with one row a sample}; module(**batch) -> scalar loss, dict
     of scalar metrics. A generator: yields (step, metrics, state) after every step, counted from 1;
     state.ema is the averaged network. Losses, gradients and metrics are means over processes and
-    micro-batches. A step that is not finite is skipped; ten in a row raise UserError.
+    micro-batches. A step that is not finite is skipped; after ten of them it raises UserError.
     """
     state = state or TrainState(module, config)
     device = module.network.pos_embed.device
-    parallel, skipped = module, 0
+    skipped = 0
+    parallel = module
     if WORLD > 1:
         # Why DDP wraps the loss, not a network: it synchronises the gradients of what its own
         # forward computes. An F computed by an inner network would silently stay unsynchronised.
-        parallel = DistributedDataParallel(module, broadcast_buffers=False)
+        parallel = nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
     while state.step < config.steps:
         batch, sums = module.draw(state.step), []
         count = micro_batches(config, *{len(v) for v in batch.values()})
@@ -1101,8 +1020,7 @@ def train(module, config, state=None):
 
 
 def forwards_needed(module, config):
-    """Forwards of one sample that a training step needs. A backward pass counts as two, a value
-    with its derivative as two, a guided teacher as two."""
+    """Forwards of one sample that a training step needs. A backward pass is two, a jvp two."""
     training = 3 + config.activation_checkpointing
     teacher = 1 + config.is_guided
     if not isinstance(module, Distiller):
@@ -1126,7 +1044,6 @@ def save(path, write):
 
 
 def on_interrupt(handler):
-    """Have handler(number, frame) called at Ctrl-C and at SIGTERM."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
 
@@ -1145,22 +1062,22 @@ def summarise(recent, seconds, module, config):
     return line
 
 
-LOG_INTERVAL = 50  # steps between lines of the log; every fifth line has the endpoint error
-CHECKPOINT_INTERVAL = 500
-
-
 def run_stage(kind, module, config, out, score=None):
-    """Train with a progress bar, from the checkpoint out/<kind>.pt if it is there, and write it.
-    score(network) -> endpoint error. Returns the averaged network and the log, a list of dicts.
-    Ctrl-C and SIGTERM finish the step, save, and raise UserError."""
+    """Train, from the checkpoint out/<kind>.pt if it is there. score(network) -> endpoint error.
+    Returns the averaged network and the log. Interrupts save, and raise UserError."""
     path, state = out / f"{kind}.pt", TrainState(module, config)
-    recent, interrupts, clock = [], [], time.perf_counter()
     if path.exists():
-        state.restore(path)
+        with explained(f"{path} cannot be continued: give another --out"):
+            saved = torch.load(path, "cpu", weights_only=True)
+            for name, part in state.parts.items():
+                part.load_state_dict(saved[name])
+            state.step, state.log = saved["step"], saved["log"]
     state.keep(path)  # a folder that cannot be written is found now
+    recent, interrupts, clock = [], [], time.perf_counter()
     on_interrupt(lambda number, frame: interrupts.append(number))  # the step ends and is saved
-    bar = tqdm(desc=kind, total=config.steps, initial=state.step, disable=True if RANK else None)
-    for step, metrics, _ in train(module, config, state):
+    bar = tqdm(train(module, config, state), kind, config.steps, initial=state.step,
+               disable=RANK > 0 or None)
+    for step, metrics, _ in bar:
         received = mean_over_processes(torch.tensor(float(len(interrupts))))
         is_last = received > 0 or step == config.steps
         recent.append(metrics)
@@ -1171,14 +1088,12 @@ def run_stage(kind, module, config, out, score=None):
             state.log.append({"stage": kind, "step": step, **line})
             bar.set_postfix({name: f"{v:.3g}" for name, v in line.items()}, refresh=False)
             recent, clock = [], time.perf_counter()
-        bar.update()
         if is_last or step % CHECKPOINT_INTERVAL == 0:
             state.keep(path)
         if received > 0:
             bar.close()
             raise UserError(f"interrupted: {path} holds step {step} of {config.steps}. The same "
                             "command continues")
-    bar.close()
     on_interrupt(signal.default_int_handler)
     return state.ema, state.log
 
@@ -1199,8 +1114,8 @@ def load_network(path, kind, device="cpu", **told):
 
 
 def load_teacher(path, device="cpu", form="", num_heads=0):
-    """A DiT, called as u(x, t, y), from a teacher.pt or a file of SiT or REPA; form: "sit" or
-    "repa" for a file that does not tell. Raises UserError."""
+    """A DiT, called as u(x, t, y), from a teacher.pt or a file of SiT or REPA. form: "sit" or
+    "repa" if the file does not tell; num_heads: likewise, or 0. Raises UserError."""
     return load_network(path, "teacher", device, form=form, num_heads=num_heads)[0]
 
 
@@ -1209,15 +1124,17 @@ def load_student(path, device="cpu"):
     return FlowMap(load_network(path, "student", device)[0])
 
 
-# -------------------------------------------------------------------------------------------------
-# 7. Measures
+# 7. Measures -------------------------------------------------------------------------------------
+
+SOLVER_STEPS = 32  # RK4 steps to the teacher's endpoints; large sets of samples take SET_STEPS
+SET_STEPS = 8
 
 
 def in_batches(f, z, y, dim=0):
     """f(z, y), computed for a part of the rows at a time: memory stays small. y: (B,) or (1,)."""
     rows = max(1, min(4000, 2**17 // z[0].numel()))
-    parts = zip(z.split(rows), itertools.cycle(y.split(rows)))
-    return torch.cat([f(*part) for part in parts], dim)
+    labels = itertools.cycle(y.split(rows))
+    return torch.cat([f(*part) for part in zip(z.split(rows), labels)], dim)
 
 
 def draw_noise(network, n, g=None):
@@ -1244,46 +1161,33 @@ def student_path(student, z, points, y=None, guidance=None):
 
 
 def search_noise(student, reward, n, y=None, guidance=None, generator=None, keep=1):
-    """The `keep` noises of n whose one-step samples have the largest reward, best first.
-
-    The paper's inference-time scaling: search with the student, one evaluation a noise, and give
-    the best noise to the teacher, whose sample is nearly the same. reward: (n, C, H, W) -> (n,).
-    y, guidance: (n,), (1,) or None. Returns (keep, C, H, W).
-    """
+    """The `keep` of n noises with the largest reward of samples, (n, C, H, W) -> (n,), best first:
+    the paper's inference-time scaling. The teacher's sample of the best is nearly the same."""
     z = draw_noise(student.network, n, generator)
     return z[reward(jump(student, z, y, guidance)).topk(keep).indices]
 
 
 def relative_error(found, truth, reference=None):
-    """sqrt(E||found - truth||^2 / E||s - mean s||^2), with s the reference, or the truth if None.
-    0 is exact; at 1 the error is as large as the spread of the samples."""
-    if reference is None:
-        reference = truth
+    """sqrt(E||found - truth||^2 / E||s - mean s||^2), with s the reference or else the truth."""
+    reference = truth if reference is None else reference
     spread = (reference - reference.mean(0)).square().mean()
     return ((found - truth).square().mean() / spread).sqrt().item()
 
 
-def sliced_w2(a, b, projections=128):
-    """Sliced 2-Wasserstein distance of two sets of samples of one shape (N, ...): root mean square,
-    over fixed random directions, of the distance between sorted projections. Raises ValueError.
-
-    Two sets of one distribution are not 0 apart: their distance is the floor to compare with.
-    """
+def sliced_w2(a, b, count=128):
+    """Sliced 2-Wasserstein distance of two sets (N, ...): root mean square, over `count` fixed
+    directions, of the distance between sorted projections. Raises ValueError for unequal shapes.
+    Two sets of one distribution are not 0 apart: their distance is the floor to compare with."""
     if a.shape != b.shape:
         raise ValueError(f"sliced_w2 needs one shape, not {tuple(a.shape)} and {tuple(b.shape)}")
-    directions = torch.randn(a[0].numel(), projections, generator=generator(0))
-    directions = nnf.normalize(directions, dim=0).to(a)
-    a, b = ((v.flatten(1) @ directions).sort(0).values for v in (a, b))
+    directions = nnf.normalize(torch.randn(a[0].numel(), count, generator=generator(0)), dim=0)
+    a, b = ((v.flatten(1) @ directions.to(v)).sort(0).values for v in (a, b))
     return (a - b).square().mean().sqrt().item()
 
 
-SOLVER_STEPS = 32  # RK4 steps to the teacher's endpoints; large sets of samples take SET_STEPS
-SET_STEPS = 8
-
-
 def conditions(network, config, n):
-    """What n samples are conditioned on when measured: labels in turn (n,) if most of the training
-    had labels, otherwise the null label (1,); guidance strength (1,), or None without guidance."""
+    """What n samples are conditioned on when measured: labels in turn (n,), or the null label (1,)
+    if most of the training had it; guidance strength (1,), or None without guidance."""
     y = torch.arange(n, device=network.pos_embed.device) % max(1, network.num_classes)
     if config.label_dropout > 0.5:
         y = torch.full_like(y[:1], network.num_classes)
@@ -1316,19 +1220,15 @@ def check_teacher(teacher):
     correlation = torch.corrcoef(neighbours)[0, 1].item()
     spread = x.std().item()
     if not (correlation > 0.15 and 0.2 < spread < 1.7):
-        raise UserError(f"samples of this teacher do not look like data (spread {spread:.2f}, "
-                        f"neighbours' correlation {correlation:.2f}): another --teacher-format or "
-                        "--num-heads may be right, or it predicts noise. --trust-teacher goes on")
+        raise UserError(f"samples do not look like data (spread {spread:.2f}, {correlation=:.2f}): "
+                        "try another --teacher-format or --num-heads, or --trust-teacher")
 
 
 def evaluate(student, teacher, data, config, out, log):
     """Compare student and teacher: metrics.json, pictures, and the main numbers on the screen.
-
-    Endpoint error: relative distance from the student's sample to the end of the teacher's path
-    from the same noise. SW2: distance between samples of the student and of the teacher from other
-    noises; its floor is that of two such sets of the teacher. With data (or None) also the SW2 of
-    each set to data, in units of that of two sets of data.
-    """
+    Endpoint error: from the student's sample to the end of the teacher's path, from the same noise.
+    SW2: from the student's samples to the teacher's from other noises; its floor is that of two
+    such sets of the teacher. With data also the SW2 to data; its unit is that of two sets of it."""
     n, network = config.eval_samples, student.network
     y, strength = conditions(network, config, n)
     u = guided(teacher, strength, config.guidance_interval)
@@ -1350,28 +1250,22 @@ def evaluate(student, teacher, data, config, out, log):
                "teacher_nfe": nfe, "error_along_path": errors, "log": log,
                "config": dataclasses.asdict(config), "torch": str(torch.__version__)}
     if data is not None:
-        x, _ = data.draw(2 * n, generator(config.seed, EVALUATION, 2))
-        sets = {"data": x[:n].to(z), **sets}
-        held_out = x[n:].to(z)
-        unit = sliced_w2(sets["data"], held_out)
+        x, held_out = data.draw(2 * n, generator(config.seed, EVALUATION, 2))[0].to(z).chunk(2)
+        sets = {"data": x, **sets}
+        unit = sliced_w2(x, held_out)
         for name, x in sets.items():
-            metrics[name] = {"SW2 to data": sliced_w2(x, held_out) / unit, **data.coverage(x.cpu())}
+            covered = data.coverage(x.cpu()) if data.is_known else {}
+            metrics[name] = {"SW2 to data": sliced_w2(x, held_out) / unit, **covered}
             print(f"{name:>8}:", ", ".join(f"{k} {v:.3f}" for k, v in metrics[name].items()))
     save(out / "metrics.json", lambda file: file.write(json.dumps(metrics, indent=1).encode()))
     save_pictures(network, metrics, sets, path, jumps, out)
 
 
-# -------------------------------------------------------------------------------------------------
-# 8. Pictures
-# One colour for one thing, everywhere. Every function returns a Figure, which a notebook shows and
-# .savefig writes. They do not use pyplot, so the settings of a session stay as they are.
+# 8. Pictures -------------------------------------------------------------------------------------
+# One colour for one thing, everywhere. Functions return a Figure, which a notebook shows after
+# %matplotlib inline. They do without pyplot: the settings of a session stay as they are.
 
 COLORS = {"data": "#4d4d4d", "teacher": "#2166ac", "student": "#e08214", "critic": "#7b3294"}
-
-
-def is_plane(x):
-    """Whether x, a tensor (..., C, H, W) or a network, is of points of the plane, not pictures."""
-    return tuple(x.shape[-2:]) == (1, 1)
 
 
 def plane(x):
@@ -1386,30 +1280,24 @@ def panels(n, view, width, rows=1):
     low, high = np.quantile(view.reshape(-1, 2).cpu().numpy(), [0.001, 0.999], axis=0)
     half = 0.575 * (high - low)
     half = np.where(half.max() < 5 * half, half.max(), half)  # one scale, if they are comparable
-    sides = np.stack([low + high - 2 * half, low + high + 2 * half], 1) / 2
+    xlim, ylim = np.stack([(low + high) / 2 - half, (low + high) / 2 + half], 1)
     for axis in axes.flat:
-        axis.set(xticks=[], yticks=[], xlim=sides[0], ylim=sides[1], box_aspect=1)
+        axis.set(xticks=[], yticks=[], xlim=xlim, ylim=ylim, box_aspect=1)
     return figure, axes.flatten()
 
 
-def draw_pictures(axis, x, columns):
-    """Pictures (N, C, H, W) in [-1, 1] in rows of `columns`."""
-    picture = make_grid(x.cpu(), columns, padding=1, pad_value=1).clamp(-1, 1)
+def draw_set(axis, x, name, columns=6):
+    """Points as dots; pictures (N, C, H, W) in [-1, 1] in a square of `columns`, or less."""
+    if x.shape[-1] == 1:
+        axis.scatter(*plane(x), s=3, linewidths=0, alpha=0.6, color=COLORS[name])
+        return
+    picture = utils.make_grid(x[: columns**2].cpu(), columns, padding=1, pad_value=1).clamp(-1, 1)
     axis.imshow(picture.permute(1, 2, 0).numpy() / 2 + 0.5, interpolation="nearest")
     axis.set(xlim=(0, picture.shape[2]), ylim=(picture.shape[1], 0))
 
 
-def draw_set(axis, x, name):
-    """Points as dots; of pictures the first, 6 x 6."""
-    if is_plane(x):
-        axis.scatter(*plane(x), s=3, linewidths=0, alpha=0.6, color=COLORS[name])
-    else:
-        draw_pictures(axis, x[:36], columns=6)
-
-
 def plot_samples(samples, titles=None):
-    """Samples (N, C, H, W) by name ("data", "teacher", "student"), side by side. Pictures at the
-    same place in teacher and student come from the same noise."""
+    """Samples (N, C, H, W) by name ("data", "teacher", "student"), side by side."""
     figure, axes = panels(len(samples), torch.cat(list(samples.values())), 4)
     for axis, (name, x) in zip(axes, samples.items()):
         draw_set(axis, x, name)
@@ -1418,24 +1306,20 @@ def plot_samples(samples, titles=None):
 
 
 def plot_filmstrip(teacher_path, student_path, lines=4):
-    """Pictures along the teacher's path and the student's f(z, delta) under them, (S, B, C, H, W):
-    the first `lines` noises at nine times."""
+    """Pictures along the teacher's path, f(z, delta) under them, (S, B, C, H, W), at nine times."""
     at = np.linspace(0, len(teacher_path) - 1, 9).round().astype(int)
-    figure = Figure((9, 2 * lines), layout="constrained")
-    axes = figure.subplots(2 * lines, 1)
-    for i in range(lines):
-        paths = {"teacher": teacher_path[at, i], "student": student_path[at, i]}
-        for axis, (name, path) in zip(axes[2 * i :], paths.items()):
-            draw_pictures(axis, path, columns=9)
-            axis.set(xticks=[], yticks=[])
-            axis.set_ylabel(name, color=COLORS[name])
+    axes = Figure((9, 2 * lines), layout="constrained").subplots(2 * lines, 1)
+    paths = {"teacher": teacher_path, "student": student_path}
+    for axis, (i, name) in zip(axes, itertools.product(range(lines), paths)):
+        draw_set(axis, paths[name][at, i], name, columns=9)
+        axis.set(xticks=[], yticks=[])
+        axis.set_ylabel(name, color=COLORS[name])
     axes[0].set_title("   ".join(f"δ = {i / at[-1]:.2f}" for i in at), fontsize=11)
-    return figure
+    return axes[0].figure
 
 
 def plot_paths(teacher_path, student_path, lines=40):
-    """The teacher's paths and the student's f(z, delta) over them, (S, B, 2, 1, 1) from the same
-    noises: the first `lines` of them, before all of the teacher's samples."""
+    """The first `lines` of the teacher's paths, f(z, delta) over them, (S, B, 2, 1, 1)."""
     paths = {"teacher": teacher_path[:, :lines], "student": student_path[:, :lines]}
     figure, (axis,) = panels(1, torch.cat(list(paths.values())), 7)
     axis.scatter(*plane(teacher_path[-1]), s=4, lw=0, color=COLORS["teacher"], alpha=0.15)
@@ -1443,8 +1327,7 @@ def plot_paths(teacher_path, student_path, lines=40):
         style = {"color": COLORS[name], "alpha": alpha}
         axis.plot(*path[..., 0, 0].permute(2, 0, 1).cpu().numpy(), lw=width, **style)
         axis.scatter(*plane(path[-1]), s=18 * width, lw=0, zorder=3, label=name, **style)
-    axis.scatter(*plane(paths["teacher"][0]), s=28, color="white", edgecolors="black", zorder=4,
-                 label="noise z")
+    axis.scatter(*plane(paths["teacher"][0]), s=20, color="black", zorder=4, label="noise z")
     axis.set_title("Teacher's ODE path and student's jumps f(z, δ), same noises", fontsize=13)
     axis.legend(loc="upper left", fontsize=11, framealpha=0.9)
     return figure
@@ -1452,16 +1335,13 @@ def plot_paths(teacher_path, student_path, lines=40):
 
 def plot_error(curves, title="Distance from student to teacher along the path"):
     """Errors over even steps of delta from 0 to 1. curves: {label: list}."""
-    figure = Figure((6.5, 4.2), layout="constrained")
-    axis = figure.subplots()
+    axis = Figure((6.5, 4.2), layout="constrained").subplots()
     for label, errors in curves.items():
         axis.plot(np.linspace(0, 1, len(errors)), errors, lw=2.5, color=COLORS.get(label),
                   label=f"{label}, {errors[-1]:.4f} at δ = 1")
-    axis.set(xlim=(0, 1), ylim=(0, None), title=title, xlabel="δ: 0 is noise, 1 is data",
-             ylabel="error / spread of the samples")
-    axis.grid(alpha=0.3)
+    axis.set(title=title, xlabel="δ: 0 is noise, 1 is data", ylabel="error / spread of samples")
     axis.legend(loc="upper left")
-    return figure
+    return axis.figure
 
 
 def plot_losses(log):
@@ -1473,7 +1353,6 @@ def plot_losses(log):
         points = [(line["step"], line[name]) for line in log if name in line]
         axis.plot(*np.array(points).reshape(-1, 2).T, color=COLORS[color])
         axis.set(title=f"{color}: {name.replace('_', ' ')}", xlabel="step", yscale="log")
-        axis.grid(alpha=0.3)
     return figure
 
 
@@ -1500,7 +1379,7 @@ def save_pictures(network, metrics, sets, path, jumps, out):
     several = max(40, 8000 // math.prod(network.shape))
     shown = {name: to_view(x[:several], network) for name, x in sets.items()}
     path, jumps = (torch.stack([to_view(x, network) for x in states]) for states in (path, jumps))
-    plot = plot_paths if is_plane(path) else plot_filmstrip
+    plot = plot_paths if path.shape[-1] == 1 else plot_filmstrip
     plot_samples(shown, titles).savefig(out / "comparison.png", dpi=110)
     plot(path, jumps).savefig(out / "paths.png", dpi=110)
     plot_error({"student": metrics["error_along_path"]}).savefig(out / "error.png", dpi=110)
@@ -1509,22 +1388,17 @@ def save_pictures(network, metrics, sets, path, jumps, out):
     print(f"pictures and metrics.json are in {out}")
 
 
-# -------------------------------------------------------------------------------------------------
-# 9. Command line
+# 9. Command line ---------------------------------------------------------------------------------
 
 
 def make_parser():
-    """A flag for every field of Config."""
-    parser = argparse.ArgumentParser(
-        "fmd.py", usage="python fmd.py [flags]", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser("fmd.py", "python fmd.py [flags]", __doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda text: parser.exit(2, f"fmd: {text}; python fmd.py --help lists flags\n")
+    special = {bool: {"action": argparse.BooleanOptionalAction},
+               tuple: {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}}
     for f in dataclasses.fields(Config):
-        kind = {"type": f.type, "choices": f.metadata["choices"]}
-        if f.type is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
-        elif f.type is tuple:
-            kind = {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
+        kind = special.get(f.type, {"type": f.type, "choices": f.metadata["choices"]})
         text = f"{f.metadata['help']} ({f.default}; toys: {getattr(make_config(), f.name)})"
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
     return parser
@@ -1532,8 +1406,7 @@ def make_parser():
 
 def claim_folder(config, **sources):
     """The folder of a run: --out, or the first of runs/toy2d, runs/toy2d-2, ... that is new or
-    holds a run with the same settings and sources, as its config.json tells. sources: numbers that
-    identify data and teacher. Raises UserError."""
+    holds this run. sources: numbers that identify data and teacher."""
     mine = {name: v for name, v in dataclasses.asdict(config).items() if name not in FREE}
     mine = json.loads(json.dumps({**mine, **sources}))  # as it comes back from the file
     names = [config.dataset, *(f"{config.dataset}-{i}" for i in range(2, 10000))]
@@ -1550,19 +1423,6 @@ def claim_folder(config, **sources):
                     f"{mine.get(other)}. Give another --out, or the same settings", 2)
 
 
-@contextlib.contextmanager
-def locked(folder):
-    """Within it no other process trains in this folder. A killed process leaves no lock behind."""
-    with open(folder / "config.json") as file:
-        advice = f"{folder} is in use by another process: wait, or give another --out"
-        with explained(advice), contextlib.suppress(ImportError):
-            import fcntl  # Windows has none
-
-            if RANK == 0:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-
-
 def new_network(data, config):
     """A DiT for this data. Its first weights follow from the seed. Raises UserError."""
     if data.shape[1] % config.patch_size:
@@ -1570,17 +1430,16 @@ def new_network(data, config):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(config.seed, WEIGHTS).initial_seed())
         return DiT(data.shape[1], data.shape[0], data.num_classes, config.hidden_size, config.depth,
-                   config.num_heads, config.patch_size, fourier=is_plane(data), center=data.center,
-                   scale=data.scale)  # public networks for pictures have no Fourier inputs
+                   config.num_heads, config.patch_size, fourier=config.dataset == "toy2d",
+                   center=data.center, scale=data.scale)  # public DiTs have no Fourier inputs
 
 
 def open_teacher(given, device):
     """The network of --teacher. What it decides is added to `given`. Raises UserError."""
     if given.get("stage") == "teacher":
         raise UserError("--stage teacher trains a teacher: remove --teacher", 2)
-    network, file = load_network(
-        given["teacher"], "teacher", device, form=given.get("teacher_format", ""),
-        num_heads=given.get("num_heads", 0))
+    told = {"form": given.get("teacher_format", ""), "num_heads": given.get("num_heads", 0)}
+    network, file = load_network(given["teacher"], "teacher", device, **told)
     if RANK == 0:
         print(f"{given['teacher']}: {file.get('format', 'fmd')}, {network.settings}")
     if "format" in file and not given.get("trust_teacher"):
@@ -1598,11 +1457,9 @@ def open_teacher(given, device):
 
 def run_training(given):
     """Train a teacher, distill it, compare the two. What cannot work is refused before."""
-    teacher = data = None
-    sources = {}
-    device = given.get("device", Config.device)
-    with explained(f"--device {device} is not available on this machine: give cpu"):
-        device = torch.zeros(1, device=device).device
+    teacher, data, sources = None, None, {}
+    with explained("--device: this machine does not have it, give cpu"):
+        device = torch.zeros(1, device=given.get("device", Config.device)).device
     if given.get("teacher"):
         teacher = open_teacher(given, device)
         sources["teacher"] = teacher.final_layer.linear.weight.double().sum().item()
@@ -1612,8 +1469,7 @@ def run_training(given):
         x, _ = data.draw(64, generator(0))
         sources["data"] = [x.double().sum().item(), len(data.labels), data.center, data.scale]
     network = teacher or new_network(data, config).to(device)
-    is_toy = isinstance(data, GaussianMixture) and len(data.means) <= data.MOST
-    if config.exact_teacher and not is_toy:
+    if config.exact_teacher and not getattr(data, "is_known", False):
         raise UserError("--exact-teacher: only toys have one, with 2000 points at most", 2)
     micro_batches(config, config.batch_size - config.corrections, config.corrections)
     if config.dataset == "toy2d":  # more threads gain nothing on networks as small as these
@@ -1623,19 +1479,25 @@ def run_training(given):
     out = [claim_folder(config, **sources)] if RANK == 0 else [None]
     if WORLD > 1:
         distributed.broadcast_object_list(out)
-    with locked(out[0]):
+    with open(out[0] / "config.json") as file:  # its lock ends with this process, however it ends
+        advice = f"{out[0]} is in use by another process: wait, or give another --out"
+        with explained(advice), contextlib.suppress(ImportError):  # Windows has no fcntl
+            import fcntl
+
+            if RANK == 0:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         run_stages(network, data, config, out[0])
 
 
 def run_stages(network, data, config, out):
-    """The stages of a run in their folder; network: the teacher, or one to be trained."""
+    """The stages of a run in their folder. network: the teacher, or one to be trained."""
     log = []
     if not config.teacher:
         first = dataclasses.replace(config, steps=config.teacher_steps,
                                     learning_rate=config.teacher_learning_rate)
         network, log = run_stage("teacher", FlowMatching(network, data, first), first, out)
     if config.stage == "all":
-        exact = copy.deepcopy(data).to(network.pos_embed.device) if config.exact_teacher else None
+        exact = copy.deepcopy(data) if config.exact_teacher else None  # data stays on the CPU
         distiller = make_distiller(network, config, exact)
         score = endpoint_score(distiller.teacher, network, config)
         student, more = run_stage("student", distiller, config, out, score)
@@ -1649,16 +1511,14 @@ def run_sampling(given):
     (n, H, W, C), or points (n, 2); arr_1 is labels (n,). Every process computes its share."""
     dataset = given.pop("dataset", "toy2d")
     runs = sorted(Path("runs").glob(f"{dataset}*/student.pt"), key=os.path.getmtime)
-    newest = [Path("runs", dataset), *(file.parent for file in runs)][-1]
-    out = Path(given.get("out", newest))
+    out = Path(given.get("out", [Path("runs", dataset, "student.pt"), *runs][-1].parent))
     network, file = load_network(out / "student.pt", "student", given.get("device", Config.device))
     config = Config(**{**file["config"], "seed": 0, "device": Config.device, **given})
     n = config.samples
     y, strength = conditions(network, config, n)
     if config.classes:
         with explained(f"--classes: give labels below {network.num_classes}, such as 0,1"):
-            known = range(network.num_classes)
-            labels = [known.index(int(label)) for label in config.classes.split(",")]
+            labels = [range(network.num_classes).index(int(v)) for v in config.classes.split(",")]
         y = torch.tensor(labels, device=y.device)[torch.arange(n) % len(labels)]
     y = y.expand(n)
     z = draw_noise(network, n, generator(config.seed, SAMPLING))
@@ -1666,20 +1526,20 @@ def run_sampling(given):
     x = torch.zeros_like(z)
     x[mine] = in_batches(lambda z, y: jump(FlowMap(network), z, y, strength), z[mine], y[mine])
     if WORLD > 1:
-        distributed.all_reduce(x)
+        distributed.all_reduce(x)  # the other rows are zero
     if not x.isfinite().all():
         raise UserError(f"{out / 'student.pt'} draws samples that are not finite: train it again")
-    rows = x.cpu().permute(0, 2, 3, 1)  # (n, H, W, C)
-    if is_plane(x):
-        rows = to_view(x, network).flatten(1)  # (n, 2)
+    if RANK > 0:
+        return
+    rows = x.cpu().permute(0, 2, 3, 1)
+    if config.dataset == "toy2d":
+        rows = to_view(x, network).flatten(1)
     elif config.dataset != "imagenet":
         rows = (127.5 * (rows + 1)).clamp(0, 255).to(torch.uint8)
-    if RANK == 0:
-        save(out / "samples.npz", lambda file: np.savez(file, rows.numpy(), y.cpu().numpy()))
-        shown = to_view(x[: max(40, 8000 // math.prod(network.shape))], network)
-        plot_samples({"student": shown}).savefig(out / "samples.png", dpi=110)
-        print(f"{n} samples of step {file['step']} of {config.steps} are in {out}: samples.npz, "
-              "samples.png")
+    save(out / "samples.npz", lambda file: np.savez(file, rows.numpy(), y.cpu().numpy()))
+    shown = to_view(x[: max(40, 8000 // math.prod(network.shape))], network)
+    plot_samples({"student": shown}).savefig(out / "samples.png", dpi=110)
+    print(f"{n} samples of step {file['step']} of {config.steps}: samples.npz and .png in {out}")
 
 
 def main(argv=None):
@@ -1688,27 +1548,25 @@ def main(argv=None):
     on_interrupt(signal.default_int_handler)  # a kill ends as Ctrl-C does
     warnings.filterwarnings("ignore", module="torch")  # its own, of functions that jvp uses
     try:
-        if IS_LAUNCHED:  # process 0 may measure or download for long while the others wait
+        if WORLD > 1:  # process 0 may measure or download for long while the others wait
             distributed.init_process_group(timeout=datetime.timedelta(minutes=60))
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        if given.get("stage") == "sample":
-            run_sampling(given)
-        else:
-            run_training(given)
+        run = run_sampling if given.get("stage") == "sample" else run_training
+        run(given)
         return 0
     except (Exception, KeyboardInterrupt) as e:
         if given.get("debug"):
             raise
-        line, status = f"{type(e).__name__}: {e} (--debug shows where)", 1
+        line = f"{type(e).__name__}: {e} (--debug shows where)"
+        status = 1
         cause = e.__context__ or e  # torch.save hides a full disk behind an error of its own
         if isinstance(e, UserError):
             line, status = (*e.args, 1)[:2]
         elif isinstance(e, KeyboardInterrupt):
             line = "interrupted: the same command continues"
         elif isinstance(cause, OSError):
-            line = f"{cause.strerror or cause} {cause.filename or ''}: free some space, or give "
-            line += "another --out"
+            line = f"{cause}: free some space, or give another --out"
         elif "memory" in str(e):
             line = "out of memory: lower --micro-batch-size, or give --activation-checkpointing"
         if RANK == 0 or status == 1:
