@@ -104,7 +104,7 @@ class FlowMap:
 
 
 # Runge-Kutta methods. Slopes after the first are evaluated at these fractions of a step, each at
-# the state to which the slope before it leads. Then come the weights that average all slopes.
+# the state that is reached with the slope before it. Then come the weights that average all slopes.
 METHODS = {"euler": ([], [1]), "heun": ([1], [1 / 2, 1 / 2]),
            "rk4": ([1 / 2, 1 / 2, 1], [1 / 6, 1 / 3, 1 / 3, 1 / 6])}
 
@@ -163,9 +163,9 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     v_G is the student's generating velocity. [7] says v_G = u(f, 1 - delta), which holds for all z
     and delta if and only if f = phi. F: F(z, delta), if it is known. Returns (B, C, H, W).
 
-    form        all agree as h -> 0 (h: a number or (B,), in delta)
+    form: how D_G is computed. All agree as h -> 0 (h: a number or (B,), a length in delta).
       jvp         forward-mode derivative, exact
-      difference  (F(z, delta + h) - F(z, delta - h)) / 2h
+      difference  (F(z, delta + h) - F(z, delta - h)) / 2h, one-sided at the ends
       step        ours, without a derivative: see step_gradient, also for average and steps
     Raises ValueError for another form.
     """
@@ -203,14 +203,15 @@ def step_gradient(f, average, u, z, delta, y, guidance, h, steps):
     Take an interval of length h that ends at delta. The student jumps from z to the start of the
     interval. From there the teacher's ODE is solved up to delta in `steps` RK4 steps, and f, which
     is f(z, delta), is compared with that end. There is no derivative whose error could enter.
-    average: the student, or one with averaged weights, whose jump is less noisy.
+    average: the student, or one with averaged weights, whose jump is less noisy. Distiller turns
+    the result, an error of the velocity v_G, into one of F.
     """
     start = average.f(z, delta - h, y, guidance)
     end = solve_ode(u, start, steps, "rk4", y, t=1 - delta + h, h=h)
     return (f - end) / expand(h)
 
 
-@torch.no_grad()
+@torch.no_grad()  # sg, as above
 def correction_gradient(v_N, u, x_r, r, y=None):
     """Correct: D_N = v_N - u(x_r, r) [11]. Returns a constant (B, C, H, W).
     v_N: the student's noising velocity at x_r, which is the velocity of its own noised samples.
@@ -229,25 +230,26 @@ def decay(D, k):
     """D / (||D||^2 / d + eps)^k, per sample.
 
     What k does: with k = 0 the loss is the squared residual, and a few noises with large residuals
-    dominate it. With k = 1/2 all samples pull equally. With k = 1 large residuals are damped. There
-    prediction and correction disagree: one pulls a sample to the mode of its noise, the other to
-    the nearest mode. With both, the paper's FID (DiT-B/2) is 43.5 at k = 0 and 5.6 at k = 1.
+    dominate it. With k = 1/2 all samples pull equally. With k = 1 large residuals are damped. Where
+    residuals are large the losses disagree: prediction pulls a sample to the mode of its noise,
+    correction rather to a near one. Trained with both, the paper's FID (DiT-B/2) is 43.5 at k = 0
+    and 5.6 at k = 1.
     """
     return D / expand((mean_square(D) + EPS) ** k)
 
 
 class Distiller(nn.Module):
     """The paper's loss. forward computes it for one training step: predict, correct, and train the
-    critic.
+    critic. train and TrainState.update of section 6 change the weights.
 
     network: a velocity network, read as the student's F; critic: another, which learns v_N;
     teacher: u(x, t, y), never changed; config: see Config; mean: averages a tensor over processes.
     average: a FlowMap with averaged weights, or None.
 
-    Both networks start as copies of the teacher. For the critic it is the right place: v_N is near
-    u as soon as the student is right. The correction has its own guidance interval, because a
-    guided u is not the velocity of any noised samples: in the paper [0, 0.7] gives FID 5.6, and
-    [0, 1] gives 8.7.
+    Both networks start as copies of the teacher. This is a good start for the critic: v_N is near u
+    as soon as the student is right. The correction has its own guidance interval, because a guided
+    u is not the velocity of any noised samples. The paper found the interval by experiment: FID is
+    5.6 with [0, 0.7] and 8.7 with [0, 1].
     """
 
     def __init__(self, network, critic, teacher, config, mean=lambda v: v):
@@ -268,12 +270,12 @@ class Distiller(nn.Module):
                                       self.average, c.step_count)
             metrics["prediction"] = mean_square(D_G).mean()
             norm_G = mean_square(D_G).sqrt().mean()
-            if c.prediction == "step":  # h D_G / delta is the error of F: F - (end - z) / delta
+            if c.prediction == "step":  # the loss takes the error of F: F - (end - z) / delta
                 D_G = expand(h / delta) * D_G
             # Why F * sg(D): its gradient is (dF/dtheta)^T D, that of 1/2 ||F - sg(F - D)||^2 [8].
             # Why sg: the target F - D depends on the weights too. Its gradient would need second
             # derivatives, and would move f to where it is easily met instead of to the teacher.
-            # The value of this loss means nothing; watch ||D||^2 and the endpoint error.
+            # The value of the loss means nothing; watch `prediction` (||D_G||^2), endpoint_error.
             loss = loss + (F * decay(D_G, c.decay)).mean()  # [9]
         if len(z_N):  # Correct, at delta = 1, where samples are: the paper found no gain elsewhere
             u = guided(self.teacher, guidance_N, c.correction_interval)
@@ -290,7 +292,7 @@ class Distiller(nn.Module):
                 # makes the correction fade as the prediction succeeds.
                 norms = self.mean(torch.stack([norm_G, mean_square(D_N).sqrt().mean()]))
                 balance = c.alpha * norms[0] / (norms[1] + EPS)
-            # D_N is not decayed: a weight of each sample would change the gradient of the KL.
+            # D_N is not decayed: a weight that depends on D_N would not leave a gradient of a KL.
             loss = loss + balance * (F * D_N).mean()  # [10]
             loss = loss + critic_loss  # trains the critic alone, since x is detached
             metrics["correction"] = mean_square(D_N).mean()
@@ -305,18 +307,18 @@ class Distiller(nn.Module):
         predict = c.batch_size - c.corrections
         batch = {**self.draw_prior(predict, "_G", g), **self.draw_prior(c.corrections, "_N", g)}
         # delta: stratified, so that every batch covers the path. The form step compares values of
-        # f, so a share of its rows can be at delta = 1, where samples are. The other forms compare
-        # derivatives: one at delta = 1 does not fix the value of f there.
+        # f, so rows at delta = 1 train the sample itself (half of the rows, in recipe fast). With
+        # the other forms they would not: a derivative at delta = 1 says nothing about the value.
         ends = round(c.end_share * predict) if c.prediction == "step" else 0
         parts = torch.arange(predict - ends) + torch.rand(predict - ends, generator=g)
         delta = 1 - (parts / max(1, predict - ends)) ** c.delta_power
-        batch["delta"] = torch.cat([delta.clamp(min=1e-3), torch.ones(ends)])
+        batch["delta"] = torch.cat([delta.clamp(min=1e-3), torch.ones(ends)])  # step divides by it
         batch["h"] = torch.full((predict,), 0.005)  # of the form difference
         if c.prediction == "step":
             longest = c.step_size * (0.5 + 0.5 * torch.rand(predict, generator=g))
             batch["h"] = torch.minimum(longest, batch["delta"])
         # Why r lies near the noise: with little noise the x_r of student and teacher hardly overlap
-        # where the student is wrong, and D_N says nothing about modes that it misses. With much
+        # where the student is wrong, and D_N says nothing about modes that it lacks. With much
         # noise they overlap, and D_N moves means and masses. The median is sigmoid(0.8) = 0.69.
         batch["r"] = torch.sigmoid(c.r_location + torch.randn(c.corrections, generator=g))
         batch["n"] = torch.randn(c.corrections, *self.network.shape, generator=g)
@@ -356,7 +358,7 @@ class GaussianMixture(nn.Module):
     def forward(self, x, t, y=None):
         """The exact u(x, t | y): (B, d, 1, 1), (B,) or (1,), (B,) or None -> (B, d, 1, 1).
         p_t is a mixture with means (1 - t) mu_k and variance (1 - t)^2 blur^2 + t^2. Given k,
-        E[x - n | x_t] = mu_k + slope (x_t - (1 - t) mu_k)."""
+        E[x - n | x_t] = mu_k + slope (x_t - (1 - t) mu_k), slope = Cov(x - n, x_t) / Var(x_t)."""
         x_t = x.flatten(1)
         t = t[:, None]
         variance = (1 - t) ** 2 * self.blur**2 + t**2
@@ -378,7 +380,7 @@ class GaussianMixture(nn.Module):
 
     def coverage(self, x):
         """Of points (N, d, 1, 1): the share outside, farther than 3.5 blurs from every component;
-        and the points inside with the rarest label, as a share of those that are due to it."""
+        and for each label points inside / points expected, the smallest of these ratios."""
         near = [torch.cdist(part, self.means).min(1) for part in x.flatten(1).split(2000)]
         outside = torch.cat([part.values for part in near]) > 3.5 * self.blur
         k = torch.cat([part.indices for part in near])[~outside]
@@ -414,7 +416,7 @@ class FlowMatching(nn.Module):
 
 class Embedder(nn.Module):
     """A number per sample, (B,) -> (B, D): cosines and sines, then a small MLP. No frequency is
-    above 1: it would multiply the error of dF/ddelta, which the prediction's target holds."""
+    above 1: it would multiply the error of dF/ddelta, which is part of the prediction's target."""
 
     def __init__(self, D):
         super().__init__()
@@ -423,7 +425,7 @@ class Embedder(nn.Module):
     def forward(self, v):
         frequencies = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=v.device))
         angle = v[:, None] * frequencies  # (B, 128)
-        # Of the error of D_G in bfloat16, a third would come from embedders and last layer.
+        # In bfloat16, embedders and last layer would cause a third of the error of D_G.
         with torch.autocast(v.device.type, enabled=False):
             return self.mlp(torch.cat([angle.cos(), angle.sin()], 1))
 
@@ -598,7 +600,7 @@ def read_public(file, form="", num_heads=0):
         v = tensors.pop(name)
         if part == "decoder_blocks":  # of older files: the later blocks
             tensors[f"blocks.{int(i) + encoder}.{rest}"] = v
-    if is_sit:  # cos w(1 - t) = cos w cos wt + sin w sin wt, and the sine likewise
+    if is_sit:  # cos w(1-t) = cos w cos wt + sin w sin wt, sin w(1-t) = sin w cos wt - cos w sin wt
         w = torch.exp(-math.log(10000) / 128 * torch.arange(128, dtype=torch.float64))
         of_cos, of_sin = tensors["t_embedder.mlp.0.weight"].double().split(128, 1)
         tensors["t_embedder.mlp.0.weight"] = torch.cat(
@@ -825,7 +827,7 @@ class Config:
     activation_checkpointing: bool = option(False, "recompute activations to save memory")
     compile: bool = option(False, "torch.compile the networks")
     # results
-    eval_samples: int = option(10000, "samples of each set in SW2", 4)
+    eval_samples: int = option(4000, "samples of each set in SW2", 4)
     samples: int = option(4096, "with --stage sample: how many", 1)
     classes: str = option("", "with --stage sample: labels, such as 0,1,2")
 
@@ -854,8 +856,8 @@ FREE = {"recipe", "quick", "stage", "out", "debug", "data", "teacher", "trust_te
         "learning_rate", "teacher_learning_rate", "critic_learning_rate", "device", "compile",
         "micro_batch_size", "activation_checkpointing", "eval_samples", "samples", "classes"}
 
-# What a data set needs. label_dropout of toys: they are measured without labels, and with one label
-# in ten dropped the unlabelled model would get a tenth of the training.
+# What a data set needs. label_dropout of toys: they are measured without labels. If only one label
+# in ten were dropped, the model without labels would get a tenth of the training.
 PICTURES = {"patch_size": 2, "hidden_size": 384, "depth": 12, "num_heads": 6, "ema_decay": 0.999,
             "guidance_max": 4.0, "guidance": 2.0, "correction_interval": (0.0, 0.7),
             "eval_samples": 5000}
@@ -877,7 +879,7 @@ RECIPES = {"paper": {"prediction": "jvp", "decay": 1.0, "alpha": 1.0},
 SMALL = {"hidden_size": 96, "depth": 4, "num_heads": 3, "patch_size": 4, "batch_size": 64,
          "teacher_steps": 2500, "teacher_learning_rate": 2e-3, "steps": 2000, "eval_samples": 500,
          "learning_rate": 2e-3, "critic_learning_rate": 2e-3, "ema_decay": 0.995, "alpha": 0.3}
-QUICK = {"toy2d": {"teacher_steps": 300, "steps": 300, "eval_samples": 4000},
+QUICK = {"toy2d": {"teacher_steps": 300, "steps": 300},
          "mnist": SMALL, "cifar10": SMALL, "imagenet": {}}
 
 
@@ -988,7 +990,7 @@ def train(module, config, state=None):
     micro-batches. A step that is not finite is skipped; after ten of them it raises UserError.
     """
     state = state or TrainState(module, config)
-    device = module.network.pos_embed.device
+    device = next(module.network.parameters()).device
     skipped = 0
     parallel = module
     if WORLD > 1:
@@ -999,7 +1001,7 @@ def train(module, config, state=None):
         batch, sums = module.draw(state.step), []
         count = micro_batches(config, *{len(v) for v in batch.values()})
         for i in range(count):
-            rows = slice(RANK * count + i, None, WORLD * count)  # delta is sorted: take strides
+            rows = slice(RANK * count + i, None, WORLD * count)  # delta is ordered: take strides
             part = {name: v[rows].to(device) for name, v in batch.items()}
             waits = WORLD > 1 and i < count - 1  # gradients are exchanged once, with the last part
             with parallel.no_sync() if waits else contextlib.nullcontext():
@@ -1208,10 +1210,10 @@ def endpoint_score(teacher, network, config):
 def check_teacher(teacher):
     """Raise UserError if a teacher's samples do not look like pictures or latents.
 
-    Scores compare the student with its teacher, so a file that is read in a wrong way would end
-    with good ones. REPA read as SiT maps noise to noise, whose neighbouring values have a
-    correlation of 0 (pictures and latents: above 0.5). A network that predicts noise, u = n, gives
-    2z (data: a spread near 1).
+    Scores compare the student with its teacher, so a file that is read in a wrong way would still
+    get good scores. REPA read as SiT maps noise to noise: neighbouring values have a correlation of
+    0 (pictures and latents: above 0.5). A network that predicts noise, u = n, gives 2z (data: a
+    spread near 1). The limits leave a margin.
     """
     z = draw_noise(teacher, 16, generator(0))
     y = torch.arange(16, device=z.device) % max(1, teacher.num_classes)
@@ -1228,12 +1230,12 @@ def evaluate(student, teacher, data, config, out, log):
     """Compare student and teacher: metrics.json, pictures, and the main numbers on the screen.
     Endpoint error: from the student's sample to the end of the teacher's path, from the same noise.
     SW2: from the student's samples to the teacher's from other noises; its floor is that of two
-    such sets of the teacher. With data also the SW2 to data; its unit is that of two sets of it."""
+    such sets of the teacher. With data also the SW2 to it, divided by that of two sets of data."""
     n, network = config.eval_samples, student.network
     y, strength = conditions(network, config, n)
     u = guided(teacher, strength, config.guidance_interval)
     z, other = draw_noise(network, 2 * n, generator(config.seed, EVALUATION, 1)).chunk(2)
-    few = slice(max(128, 4000 // math.prod(network.shape)))
+    few = slice(max(128, 2000 // math.prod(network.shape)))
     path = in_batches(lambda z, y: solve_ode(u, z, SOLVER_STEPS, "rk4", y, True), z[few], y[few], 1)
     jumps = in_batches(lambda z, y: student_path(student, z, SOLVER_STEPS, y, strength),
                        z[few], y[few], 1)
@@ -1435,7 +1437,7 @@ def new_network(data, config):
 
 
 def open_teacher(given, device):
-    """The network of --teacher. What it decides is added to `given`. Raises UserError."""
+    """The network of --teacher. The settings that it fixes are added. Raises UserError."""
     if given.get("stage") == "teacher":
         raise UserError("--stage teacher trains a teacher: remove --teacher", 2)
     told = {"form": given.get("teacher_format", ""), "num_heads": given.get("num_heads", 0)}
@@ -1546,7 +1548,7 @@ def main(argv=None):
     """The command line. Returns the exit status: 0 done, 1 failed in running, 2 wrong command."""
     given = vars(make_parser().parse_args(argv))
     on_interrupt(signal.default_int_handler)  # a kill ends as Ctrl-C does
-    warnings.filterwarnings("ignore", module="torch")  # its own, of functions that jvp uses
+    warnings.filterwarnings("ignore", module="torch")  # torch's own, about what jvp uses
     try:
         if WORLD > 1:  # process 0 may measure or download for long while the others wait
             distributed.init_process_group(timeout=datetime.timedelta(minutes=60))

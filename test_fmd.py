@@ -619,6 +619,29 @@ def test_updates_by_hand(monkeypatch):
     assert step == 12 and module.average.network is state.ema
 
 
+def test_a_network_of_ones_own_is_distilled():
+    class Own(nn.Module):
+        shape, num_classes = (2, 1, 1), 0
+
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(3, 32), nn.SiLU(), nn.Linear(32, 2))
+
+        def forward(self, x, t, y=None, guidance=None):
+            v = torch.cat([x.flatten(1), t.expand(len(x))[:, None]], 1)
+            return self.layers(v)[:, :, None, None]
+
+    c = fmd.make_config(steps=150, learning_rate=1e-2, critic_learning_rate=1e-2, device="cpu")
+    torch.manual_seed(0)
+    teacher, z = gaussian().float(), noise(500).float().view(-1, 2, 1, 1)[:250]
+    module = fmd.Distiller(Own(), Own(), teacher, c)
+    ends = fmd.solve_ode(teacher, z, 32, "rk4")
+    before = fmd.relative_error(fmd.jump(module.student, z), ends)
+    for _, _, state in fmd.train(module, c):
+        pass
+    assert fmd.relative_error(fmd.jump(fmd.FlowMap(state.ema), z), ends) < 0.3 * before
+
+
 @pytest.mark.parametrize("of_data, advice", [(True, "data holds"), (False, "learning rate")])
 def test_steps_that_are_not_finite_are_skipped_and_ten_in_a_row_end_training(of_data, advice):
     bad = {k: (math.nan, math.inf)[k % 2] for k in (1, *range(3, 12), *range(13, 23))}
