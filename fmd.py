@@ -163,7 +163,7 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     v_G is the student's generating velocity. [7] says v_G = u(f, 1 - delta), which holds for all z
     and delta if and only if f = phi. F: F(z, delta), if it is known. Returns (B, C, H, W).
 
-    form: how D_G is computed. All agree as h -> 0 (h: a number or (B,), a length in delta).
+    form: how D_G is computed. All agree as h -> 0 (h: a number or (B,); step: without average).
       jvp         forward-mode derivative, exact
       difference  (F(z, delta + h) - F(z, delta - h)) / 2h, one-sided at the ends
       step        ours, without a derivative: see step_gradient, also for average and steps
@@ -244,12 +244,11 @@ class Distiller(nn.Module):
 
     network: a velocity network, read as the student's F; critic: another, which learns v_N;
     teacher: u(x, t, y), never changed; config: see Config; mean: averages a tensor over processes.
-    average: a FlowMap with averaged weights, or None.
 
-    Both networks start as copies of the teacher. This is a good start for the critic: v_N is near u
-    as soon as the student is right. The correction has its own guidance interval, because a guided
-    u is not the velocity of any noised samples. The paper found the interval by experiment: FID is
-    5.6 with [0, 0.7] and 8.7 with [0, 1].
+    Both networks start as copies of the teacher. For the student see FlowMap. The critic's goal is
+    near u once the student is right, so it starts there and learns the difference. The correction
+    has its own guidance interval, because a guided u is not the velocity of any noised samples. The
+    paper found the interval by experiment: FID is 5.6 with [0, 0.7] and 8.7 with [0, 1].
     """
 
     def __init__(self, network, critic, teacher, config, mean=lambda v: v):
@@ -257,7 +256,7 @@ class Distiller(nn.Module):
         self.network, self.critic, self.teacher = network, critic, teacher
         self.config, self.mean = config, mean
         self.student = FlowMap(network)
-        self.average = None
+        self.average = None  # or a FlowMap with averaged weights, see ema_target
 
     def forward(self, z_G, y_G, delta, h, z_N, y_N, r, n, guidance_G=None, guidance_N=None):
         """Rows _G (generating) predict, rows _N (noising) correct. Returns loss and metrics."""
@@ -270,7 +269,7 @@ class Distiller(nn.Module):
                                       self.average, c.step_count)
             metrics["prediction"] = mean_square(D_G).mean()
             norm_G = mean_square(D_G).sqrt().mean()
-            if c.prediction == "step":  # the loss takes the error of F: F - (end - z) / delta
+            if c.prediction == "step":  # from here the error of F, F - (end - z) / delta
                 D_G = expand(h / delta) * D_G
             # Why F * sg(D): its gradient is (dF/dtheta)^T D, that of 1/2 ||F - sg(F - D)||^2 [8].
             # Why sg: the target F - D depends on the weights too. Its gradient would need second
@@ -306,9 +305,9 @@ class Distiller(nn.Module):
         g = generator(c.seed, STUDENT, step)
         predict = c.batch_size - c.corrections
         batch = {**self.draw_prior(predict, "_G", g), **self.draw_prior(c.corrections, "_N", g)}
-        # delta: stratified, so that every batch covers the path. The form step compares values of
-        # f, so rows at delta = 1 train the sample itself (half of the rows, in recipe fast). With
-        # the other forms they would not: a derivative at delta = 1 says nothing about the value.
+        # delta = 1 - U^power, with stratified U so that every batch covers the path. The form step
+        # compares values of f, so rows at delta = 1 train the sample itself (half of the rows in
+        # recipe fast). With other forms a zero residual at delta = 1 fixes only the slope there.
         ends = round(c.end_share * predict) if c.prediction == "step" else 0
         parts = torch.arange(predict - ends) + torch.rand(predict - ends, generator=g)
         delta = 1 - (parts / max(1, predict - ends)) ** c.delta_power
@@ -600,7 +599,7 @@ def read_public(file, form="", num_heads=0):
         v = tensors.pop(name)
         if part == "decoder_blocks":  # of older files: the later blocks
             tensors[f"blocks.{int(i) + encoder}.{rest}"] = v
-    if is_sit:  # cos w(1-t) = cos w cos wt + sin w sin wt, sin w(1-t) = sin w cos wt - cos w sin wt
+    if is_sit:  # it is called at 1 - t: rotate the weights of its inputs cos wt, sin wt by w
         w = torch.exp(-math.log(10000) / 128 * torch.arange(128, dtype=torch.float64))
         of_cos, of_sin = tensors["t_embedder.mlp.0.weight"].double().split(128, 1)
         tensors["t_embedder.mlp.0.weight"] = torch.cat(
