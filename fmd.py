@@ -36,6 +36,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -1093,8 +1094,9 @@ def run_stage(kind, module, config, out, score=None):
             state.keep(path)
         if received > 0:
             bar.close()
+            launcher = ["torchrun", f"--nproc_per_node={WORLD}"] if LAUNCH else ["python"]
             raise UserError(f"interrupted: {path} holds step {step} of {config.steps}. The same "
-                            "command continues")
+                            f"command continues: {shlex.join(launcher + sys.argv)}")
     on_interrupt(signal.default_int_handler)
     return state.ema, state.log
 

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -907,8 +908,11 @@ def test_an_interrupted_run_continues_to_the_same_bits(
         return draw(self, step)
 
     monkeypatch.setattr(kind, "draw", interrupting)
+    monkeypatch.setattr(sys, "argv", ["fmd.py", "--out", "two words, ü", "--data", "$HOME 'x'"])
     line = run("--out", tmp_path, *TINY, status=1, capsys=capsys)
-    assert "holds step 5 of 8" in line and "same command continues" in line
+    assert "holds step 5 of 8" in line
+    command = line.split("same command continues: ")[1]
+    assert shlex.split(command) == ["python", *sys.argv]
     monkeypatch.undo()
     run("--out", tmp_path, *TINY)
     for name in ("teacher.pt", "student.pt"):
@@ -1399,6 +1403,7 @@ def test_processes_stop_together_and_refuse_together(tmp_path, monkeypatch):
                       "sys.exit(fmd.main())\n")
     done = torchrun("--out", tmp_path / "out", *TINY, *GUIDED, script=script)
     assert done.returncode and "holds step 2 of 4" in done.stderr
+    assert "torchrun --nproc_per_node=2 " in done.stderr
     assert torch.load(tmp_path / "out" / "student.pt", weights_only=True)["step"] == 2
     done = torchrun("--out", tmp_path / "odd", *TINY, *GUIDED, processes=3)
     lines = [line for line in done.stderr.splitlines() if line.startswith("fmd:")]
