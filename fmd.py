@@ -550,7 +550,7 @@ class DiT(nn.Module):
 
 # Pretrained teachers. SiT (arXiv 2401.08740) and REPA (arXiv 2410.06940) are DiTs with these names.
 # What differs is folded into their weights: u(x, t) = SiT(x, 1 - t) = -REPA(x, t).
-HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of S, B, L, XL by width: files do not tell
+HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of S, B, L, XL by width: not in the files
 WEIGHTS_IN = ("ema", "model_ema", "ema_model", "ema_state_dict", "shadow",  # averages come first
               "model", "state_dict", "model_state_dict")
 
@@ -565,16 +565,16 @@ def unwrap(file):
         tensors = tensors[nested[0]]
     prefix = re.compile(r"^((module|_orig_mod|model)\.)+")  # of DDP, torch.compile and others
     tensors = {prefix.sub("", name): v for name, v in tensors.items()}
-    said = file.get("args", {})
-    if isinstance(said, argparse.Namespace):
-        said = vars(said)
-    said = {k: v for k, v in {**file, **said}.items() if not isinstance(v, dict)}
-    words = [str(said.get(k, "")) for k in ("prediction", "path_type", "model")]
+    settings = file.get("args", {})
+    if isinstance(settings, argparse.Namespace):
+        settings = vars(settings)
+    settings = {k: v for k, v in {**file, **settings}.items() if not isinstance(v, dict)}
+    words = [str(settings.get(k, "")) for k in ("prediction", "path_type", "model")]
     if (words[0] not in ("", "velocity", "v") or words[1].lower() not in ("", "linear")
             or words[2].startswith("DiT")):
         raise ValueError(f"it was trained with prediction, path type, model {words}; give one that "
                          "predicts velocities of the linear path")
-    return tensors, keys, said
+    return tensors, keys, settings
 
 
 def read_public(file, form="", num_heads=0):
@@ -582,12 +582,12 @@ def read_public(file, form="", num_heads=0):
     "has_null": whether there is a null label}.
 
     file: a state dict, or a training script's dict. form: "sit" or "repa". num_heads: 0 if not
-    known. Raises ValueError if neither form nor file tells, and KeyError for other files.
+    known. Raises ValueError if the file may be either and form is empty, KeyError for others.
     """
-    tensors, keys, said = unwrap(file)
+    tensors, keys, settings = unwrap(file)
     _, C, p, _ = tensors["x_embedder.proj.weight"].shape
     outputs = ["final_layer.linear.weight", "final_layer.linear.bias"]
-    kind = said.get("prediction", "")
+    kind = settings.get("prediction", "")
     # SiT has twice the output channels, of which the second half is unused. REPA has projectors.
     is_sit = form == "sit" or kind == "velocity" or len(tensors[outputs[1]]) == 2 * C * p * p
     marks = [name for name in tensors if name.startswith(("projectors.", "decoder_blocks."))]
@@ -609,10 +609,10 @@ def read_public(file, form="", num_heads=0):
         used = tensors[name].unflatten(0, (p * p, -1))[:, :C].flatten(0, 1)  # pixel, channel
         tensors[name] = used if is_sit else -used
     table = tensors["y_embedder.embedding_table.weight"]
-    classes = said.get("num_classes", 1000 if len(table) == 1000 else len(table) - 1)
+    classes = settings.get("num_classes", 1000 if len(table) == 1000 else len(table) - 1)
     if len(table) == classes:  # labels were never dropped: a row for null, which is not used
         tensors["y_embedder.embedding_table.weight"] = torch.cat([table, table.mean(0)[None]])
-    dropout = said.get("class_dropout_prob", said.get("cfg_prob", 0.1))
+    dropout = settings.get("class_dropout_prob", settings.get("cfg_prob", 0.1))
     form = "SiT" if is_sit else "REPA"
     return {"format": " ".join([form, *keys]), "ema": tensors,
             "network": infer_settings(tensors, num_heads),
@@ -685,8 +685,9 @@ class ImageData:
     def draw(self, n, g):
         i = torch.randint(len(self.labels), (n,), generator=g)
         x = torch.from_numpy(self.images[i.numpy()].astype(np.float32))
-        for row in i[~(x.flatten(1).std(1) > 0)]:
-            raise UserError(f"row {row} of the data is constant or not finite: remove it")
+        bad = i[~(x.flatten(1).std(1) > 0)]
+        if len(bad):
+            raise UserError(f"row {bad[0]} of the data is constant or not finite: remove it")
         if self.images.dtype == np.uint8:
             x = x / 127.5 - 1
         return x, self.labels[i]
@@ -766,6 +767,7 @@ def option(default, help, low=-math.inf, high=math.inf, choices=None):
 
 
 def flag(name):
+    """The flag of a field of Config."""
     return "--" + name.replace("_", "-")
 
 
@@ -785,7 +787,7 @@ class Config:
     toy: str = option("checkerboard", f"{', '.join(TOYS)}, or POINTS.npy with N x 2 numbers")
     data: str = option("data", "folder of MNIST and CIFAR-10, or ImageNet latents FILE.npy")
     teacher: str = option("", "distill this file of fmd, SiT or REPA; train no teacher")
-    teacher_format: str = option("", "of a file that does not tell", choices=["", "sit", "repa"])
+    teacher_format: str = option("", "of a file that may be either", choices=["", "sit", "repa"])
     trust_teacher: bool = option(False, "distill a teacher whose samples do not look like data")
     exact_teacher: bool = option(False, "distill the exact velocity of a toy")
     # network: teacher, student and critic
@@ -987,7 +989,7 @@ def train(module, config, state=None):
     module.draw(step) -> {name: tensor with one row a sample}; module(**batch) -> scalar loss, dict
     of scalar metrics. A generator: yields (step, metrics, state) after every step, counted from 1;
     state.ema is the averaged network. Losses, gradients and metrics are means over processes and
-    micro-batches. A step that is not finite is skipped; after ten of them it raises UserError.
+    micro-batches. A step that is not finite is skipped; ten consecutive ones raise UserError.
     """
     state = state or TrainState(module, config)
     device = next(module.network.parameters()).device
@@ -1016,7 +1018,7 @@ def train(module, config, state=None):
             advice = "lower the learning rate; the same command continues from the last checkpoint"
             if not all(v.isfinite().all() for v in batch.values()):
                 advice = "the data holds numbers that are not finite, remove them"
-            raise UserError(f"step {state.step}: ten steps in a row are not finite: {advice}")
+            raise UserError(f"step {state.step}: ten consecutive steps are not finite: {advice}")
         metrics = {**dict(zip(metrics, means)), "skipped": torch.tensor(float(skipped > 0))}
         yield state.step, metrics, state
 
@@ -1035,7 +1037,7 @@ def forwards_needed(module, config):
 
 
 def save(path, write):
-    """Have write(file) write a file that is there complete or not at all."""
+    """Call write(file). The file at `path` is then replaced as a whole, or not at all."""
     part = path.with_name(f"{path.name}.part")
     try:
         with open(part, "wb") as file:
@@ -1046,6 +1048,7 @@ def save(path, write):
 
 
 def on_interrupt(handler):
+    """Call handler(number, frame) at Ctrl-C and at SIGTERM."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
 
@@ -1118,7 +1121,7 @@ def load_network(path, kind, device="cpu", **told):
 
 def load_teacher(path, device="cpu", form="", num_heads=0):
     """A DiT, called as u(x, t, y), from a teacher.pt or a file of SiT or REPA. form: "sit" or
-    "repa" if the file does not tell; num_heads: likewise, or 0. Raises UserError."""
+    "repa" for a file that may be either; num_heads: 0 if not known. Raises UserError."""
     return load_network(path, "teacher", device, form=form, num_heads=num_heads)[0]
 
 
@@ -1395,6 +1398,7 @@ def save_pictures(network, metrics, sets, path, jumps, out):
 
 
 def make_parser():
+    """A flag for every field of Config."""
     parser = argparse.ArgumentParser("fmd.py", "python fmd.py [flags]", __doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda text: parser.exit(2, f"fmd: {text}; python fmd.py --help lists flags\n")
@@ -1409,7 +1413,7 @@ def make_parser():
 
 def claim_folder(config, **sources):
     """The folder of a run: --out, or the first of runs/toy2d, runs/toy2d-2, ... that is new or
-    holds this run. sources: numbers that identify data and teacher."""
+    holds this run. sources: numbers that identify data and teacher. Raises UserError."""
     mine = {name: v for name, v in dataclasses.asdict(config).items() if name not in FREE}
     mine = json.loads(json.dumps({**mine, **sources}))  # as it comes back from the file
     names = [config.dataset, *(f"{config.dataset}-{i}" for i in range(2, 10000))]

@@ -647,7 +647,7 @@ def test_a_network_of_ones_own_is_distilled():
 def test_steps_that_are_not_finite_are_skipped_and_ten_in_a_row_end_training(of_data, advice):
     bad = {k: (math.nan, math.inf)[k % 2] for k in (1, *range(3, 12), *range(13, 23))}
     module, weights, skipped = Quadratics(bad, of_data), [1.0], []
-    with pytest.raises(fmd.UserError, match="step 23: ten steps in a row.*" + advice):
+    with pytest.raises(fmd.UserError, match="step 23: ten consecutive steps.*" + advice):
         for _, metrics, state in fmd.train(module, fmd.Config(steps=40, learning_rate=0.1)):
             weights.append(module.network.weight.item())
             skipped.append(metrics["skipped"] == 1)
