@@ -6,7 +6,7 @@ It follows Tong, Ma, Xie and Jaakkola, "Flow Map Distillation Without Data" (Fre
 2511.19428). Numbers in [brackets] are the paper's equations.
 
 Map: 1. The method (the whole paper, in reading order: read this first)  2. Teachers  3. Network
-4. Data  5. Settings  6. Training  7. Measures  8. Pictures  9. Command line (skip 7 to 9 at first)
+4. Data  5. Settings  6. Training. Skip at first: 7. Measures  8. Pictures  9. Files  10. Runs
 
 Conventions, everywhere in this file
     t = 0 is data, t = 1 is the prior N(0, I), and x_t = (1 - t) x + t n in between.
@@ -26,7 +26,6 @@ Commands to paste; the same command continues a run that was interrupted
 """
 
 import argparse
-import collections
 import contextlib
 import copy
 import dataclasses
@@ -261,24 +260,24 @@ class Distiller(nn.Module):
 
     def forward(self, z_G, y_G, delta, h, z_N, y_N, r, n, guidance_G=None, guidance_N=None):
         """Rows _G (generating) predict, rows _N (noising) correct. Returns loss and metrics."""
-        c, student = self.config, self.student
-        loss, balance, metrics = 0.0, c.alpha, {}
+        config, student = self.config, self.student
+        loss, balance, metrics = 0.0, config.alpha, {}
         if len(z_G):  # Predict
-            u = guided(self.teacher, guidance_G, c.guidance_interval)
+            u = guided(self.teacher, guidance_G, config.guidance_interval)
             F = student.F(z_G, delta, y_G, guidance_G)
-            D_G = prediction_gradient(student, u, z_G, delta, y_G, guidance_G, c.prediction, h, F,
-                                      self.average, c.step_count)
+            D_G = prediction_gradient(student, u, z_G, delta, y_G, guidance_G, config.prediction,
+                                      h, F, self.average, config.step_count)
             metrics["prediction"] = mean_square(D_G).mean()
             norm_G = mean_square(D_G).sqrt().mean()
-            if c.prediction == "step":  # from here the error of F, F - (end - z) / delta
+            if config.prediction == "step":  # from here the error of F, F - (end - z) / delta
                 D_G = expand(h / delta) * D_G
             # Why F * sg(D): its gradient is (dF/dtheta)^T D, that of 1/2 ||F - sg(F - D)||^2 [8].
             # Why sg: the target F - D depends on the weights too. Its gradient would need second
             # derivatives, and would move f to where it is easily met instead of to the teacher.
             # The value of the loss means nothing; watch `prediction` (||D_G||^2), endpoint_error.
-            loss = loss + (F * decay(D_G, c.decay)).mean()  # [9]
+            loss = loss + (F * decay(D_G, config.decay)).mean()  # [9]
         if len(z_N):  # Correct, at delta = 1, where samples are: the paper found no gain elsewhere
-            u = guided(self.teacher, guidance_N, c.correction_interval)
+            u = guided(self.teacher, guidance_N, config.correction_interval)
             F = student.F(z_N, torch.ones_like(r), y_N, guidance_N)
             x = (z_N + F).detach()  # f(z, 1), one-step samples
             x_r = interpolate(x, n, r)
@@ -291,7 +290,7 @@ class Distiller(nn.Module):
                 # Why lambda: the sizes of D_G and D_N differ and change. ||D_G|| before its decay
                 # makes the correction fade as the prediction succeeds.
                 norms = self.mean(torch.stack([norm_G, mean_square(D_N).sqrt().mean()]))
-                balance = c.alpha * norms[0] / (norms[1] + EPS)
+                balance = config.alpha * norms[0] / (norms[1] + EPS)
             # D_N is not decayed: a weight that depends on D_N would not leave a gradient of a KL.
             loss = loss + balance * (F * D_N).mean()  # [10]
             loss = loss + critic_loss  # trains the critic alone, since x is detached
@@ -302,26 +301,27 @@ class Distiller(nn.Module):
 
     def draw(self, step):
         """The batch of a training step, from the prior alone: {name: one row a sample}."""
-        c = self.config
-        g = generator(c.seed, STUDENT, step)
-        predict = c.batch_size - c.corrections
-        batch = {**self.draw_prior(predict, "_G", g), **self.draw_prior(c.corrections, "_N", g)}
+        config = self.config
+        g = generator(config.seed, STUDENT, step)
+        correct = config.corrections
+        predict = config.batch_size - correct
+        batch = {**self.draw_prior(predict, "_G", g), **self.draw_prior(correct, "_N", g)}
         # delta = 1 - U^power, with stratified U so that every batch covers the path. The form step
         # compares values of f, so rows at delta = 1 train the sample itself (half of the rows in
         # recipe fast). With other forms a zero residual at delta = 1 fixes only the slope there.
-        ends = round(c.end_share * predict) if c.prediction == "step" else 0
+        ends = round(config.end_share * predict) if config.prediction == "step" else 0
         parts = torch.arange(predict - ends) + torch.rand(predict - ends, generator=g)
-        delta = 1 - (parts / max(1, predict - ends)) ** c.delta_power
+        delta = 1 - (parts / max(1, predict - ends)) ** config.delta_power
         batch["delta"] = torch.cat([delta.clamp(min=1e-3), torch.ones(ends)])  # step divides by it
         batch["h"] = torch.full((predict,), 0.005)  # of the form difference
-        if c.prediction == "step":
-            longest = c.step_size * (0.5 + 0.5 * torch.rand(predict, generator=g))
+        if config.prediction == "step":
+            longest = config.step_size * (0.5 + 0.5 * torch.rand(predict, generator=g))
             batch["h"] = torch.minimum(longest, batch["delta"])
         # Why r lies near the noise: with little noise the x_r of student and teacher hardly overlap
         # where the student is wrong, and D_N says nothing about modes that it lacks. With much
         # noise they overlap, and D_N moves means and masses. The median is sigmoid(0.8) = 0.69.
-        batch["r"] = torch.sigmoid(c.r_location + torch.randn(c.corrections, generator=g))
-        batch["n"] = torch.randn(c.corrections, *self.network.shape, generator=g)
+        batch["r"] = torch.sigmoid(config.r_location + torch.randn(correct, generator=g))
+        batch["n"] = torch.randn(correct, *self.network.shape, generator=g)
         return batch
 
     def draw_prior(self, count, suffix, g):
@@ -401,11 +401,11 @@ class FlowMatching(nn.Module):
         return loss, {"flow_matching": loss.detach()}
 
     def draw(self, step):
-        c = self.config
-        g = generator(c.seed, TEACHER, step)
-        x, y = self.data.draw(c.batch_size, g)
-        is_null = torch.rand(len(y), generator=g) < c.label_dropout
-        t = torch.sigmoid(c.t_location + torch.randn(len(y), generator=g))
+        config = self.config
+        g = generator(config.seed, TEACHER, step)
+        x, y = self.data.draw(config.batch_size, g)
+        is_null = torch.rand(len(y), generator=g) < config.label_dropout
+        t = torch.sigmoid(config.t_location + torch.randn(len(y), generator=g))
         n = torch.randn(x.shape, generator=g)
         return {"x": x, "n": n, "t": t, "y": torch.where(is_null, self.data.num_classes, y)}
 
@@ -415,12 +415,12 @@ class FlowMatching(nn.Module):
 
 
 class Embedder(nn.Module):
-    """A number per sample, (B,) -> (B, D): cosines and sines, then a small MLP. No frequency is
+    """A number per sample, (B,) -> (B, E): cosines and sines, then a small MLP. No frequency is
     above 1: it would multiply the error of dF/ddelta, which is part of the prediction's target."""
 
-    def __init__(self, D):
+    def __init__(self, E):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
+        self.mlp = nn.Sequential(nn.Linear(256, E), nn.SiLU(), nn.Linear(E, E))
 
     def forward(self, v):
         frequencies = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=v.device))
@@ -431,38 +431,38 @@ class Embedder(nn.Module):
 
 
 def modulate(x, shift, scale):
-    """LayerNorm of tokens x (B, T, D), with shift and scale (B or 1, 1, D) by the conditioning."""
+    """LayerNorm of tokens x (B, T, E), with shift and scale (B or 1, 1, E) by the condition."""
     return nnf.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
 class Block(nn.Module):
-    """Attention and MLP on tokens x (B, T, D); shift, scale and gate by conditioning c (B, D)."""
+    """Attention and MLP on tokens x (B, T, E), with shift, scale and gate by a condition (B, E)."""
 
-    def __init__(self, D, num_heads, qk_norm):
+    def __init__(self, E, num_heads, qk_norm):
         super().__init__()
-        self.head_dim = D // num_heads
+        self.head_dim = E // num_heads
         norm = nn.LayerNorm if qk_norm else nn.Identity
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(D, 3 * D), "proj": nn.Linear(D, D),
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(E, 3 * E), "proj": nn.Linear(E, E),
                                    "q_norm": norm(self.head_dim), "k_norm": norm(self.head_dim)})
-        self.mlp = nn.Sequential(collections.OrderedDict(
-            fc1=nn.Linear(D, 4 * D), act=nn.GELU("tanh"), fc2=nn.Linear(4 * D, D)))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(E, 4 * E), "fc2": nn.Linear(4 * E, E)})
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(E, 6 * E))
 
     def attention(self, x):
-        B, T, D = x.shape
+        B, T, E = x.shape
         if T == 1:  # one token attends only to itself: attention returns its value
-            value = nnf.linear(x, self.attn.qkv.weight[2 * D :], self.attn.qkv.bias[2 * D :])
+            value = nnf.linear(x, self.attn.qkv.weight[2 * E :], self.attn.qkv.bias[2 * E :])
             return self.attn.proj(value)
         qkv = self.attn.qkv(x).view(B, T, 3, -1, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, E / heads)
         x = nnf.scaled_dot_product_attention(self.attn.q_norm(q), self.attn.k_norm(k), v)
-        return self.attn.proj(x.transpose(1, 2).reshape(B, T, D))
+        return self.attn.proj(x.transpose(1, 2).reshape(B, T, E))
 
-    def forward(self, x, c):
-        modulation = self.adaLN_modulation(c)[:, None]  # (B, 1, 6 D)
+    def forward(self, x, condition):
+        modulation = self.adaLN_modulation(condition)[:, None]  # (B, 1, 6 E)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, 2)
         x = x + gate_a * self.attention(modulate(x, shift_a, scale_a))
-        return x + gate_m * self.mlp(modulate(x, shift_m, scale_m))
+        hidden = nnf.gelu(self.mlp.fc1(modulate(x, shift_m, scale_m)), approximate="tanh")
+        return x + gate_m * self.mlp.fc2(hidden)
 
 
 class DiT(nn.Module):
@@ -474,22 +474,22 @@ class DiT(nn.Module):
                  center=None, scale=None):
         super().__init__()
         self.settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        D, p, C = hidden_size, patch_size, in_channels
+        E, p, C = hidden_size, patch_size, in_channels
         self.shape, self.num_classes = (C, input_size, input_size), num_classes
-        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(C, D, p, stride=p)})
-        self.fourier_embedder = nn.Linear(6 * C * p * p, D) if fourier else None
+        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(C, E, p, stride=p)})
+        self.fourier_embedder = nn.Linear(6 * C * p * p, E) if fourier else None
         side = torch.arange(input_size // p, dtype=torch.float64)
-        angle = side[:, None] * 10000 ** (-4 * torch.arange(D // 4, dtype=torch.float64) / D)
-        line = torch.cat([angle.sin(), angle.cos()], 1)  # (side, D / 2)
+        angle = side[:, None] * 10000 ** (-4 * torch.arange(E // 4, dtype=torch.float64) / E)
+        line = torch.cat([angle.sin(), angle.cos()], 1)  # (side, E / 2)
         place = [line.repeat(len(side), 1), line.repeat_interleave(len(side), 0)]  # column, row
-        self.register_buffer("pos_embed", torch.cat(place, 1)[None].float())  # (1, T, D)
-        self.t_embedder = Embedder(D)
-        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, D)})
-        self.guidance_embedder = Embedder(D) if guidance else None
-        self.blocks = nn.ModuleList(Block(D, num_heads, qk_norm) for _ in range(depth))
+        self.register_buffer("pos_embed", torch.cat(place, 1)[None].float())  # (1, T, E)
+        self.t_embedder = Embedder(E)
+        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, E)})
+        self.guidance_embedder = Embedder(E) if guidance else None
+        self.blocks = nn.ModuleList(Block(E, num_heads, qk_norm) for _ in range(depth))
         self.final_layer = nn.ModuleDict({
-            "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D)),
-            "linear": nn.Linear(D, p * p * C)})
+            "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(E, 2 * E)),
+            "linear": nn.Linear(E, p * p * C)})
         self.activation_checkpointing = False
         # As in DiT, blocks start as the identity and the output as zero. Unlike there, embedders
         # are scaled by their width: with DiT's 0.02 a network as narrow as a toy's learns slowly.
@@ -524,112 +524,29 @@ class DiT(nn.Module):
         strength 1 -> (B, C, H, W). Raises ValueError for guidance without an input."""
         if y is None:
             y = torch.full((1,), self.num_classes, device=x.device)
-        c = self.t_embedder(t) + self.y_embedder.embedding_table(y)
+        condition = self.t_embedder(t) + self.y_embedder.embedding_table(y)
         if self.guidance_embedder is not None:
-            c = c + self.guidance_embedder(t.new_ones(1) if guidance is None else guidance)
+            strength = t.new_ones(1) if guidance is None else guidance
+            condition = condition + self.guidance_embedder(strength)
         elif guidance is not None:
             raise ValueError("this network has no input for guidance: give guidance_max above 1")
         C, H, W = self.shape
         p = self.settings["patch_size"]
         patches = nnf.unfold(x, p, stride=p).mT  # (B, T, C p p), tokens row by row
         proj = self.x_embedder.proj  # a convolution by name and shape, a matrix by what it does
-        x = nnf.linear(patches, proj.weight.flatten(1), proj.bias) + self.pos_embed  # (B, T, D)
+        x = nnf.linear(patches, proj.weight.flatten(1), proj.bias) + self.pos_embed  # (B, T, E)
         if self.fourier_embedder is not None:
             angle = torch.cat([patches, 2 * patches, 4 * patches], 2)
             x = x + self.fourier_embedder(torch.cat([angle.sin(), angle.cos()], 2))
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = recompute(block, x, c, use_reentrant=False, preserve_rng_state=False)
+                x = recompute(block, x, condition, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, c)
+                x = block(x, condition)
         with torch.autocast(x.device.type, enabled=False):
-            shift, scale = self.final_layer.adaLN_modulation(c)[:, None].chunk(2, 2)
+            shift, scale = self.final_layer.adaLN_modulation(condition)[:, None].chunk(2, 2)
             x = self.final_layer.linear(modulate(x, shift, scale))  # (B, T, p p C)
         return x.view(-1, H // p, W // p, p, p, C).permute(0, 5, 1, 3, 2, 4).reshape(-1, C, H, W)
-
-
-# Pretrained teachers. SiT (arXiv 2401.08740) and REPA (arXiv 2410.06940) are DiTs with these names.
-# What differs is folded into their weights: u(x, t) = SiT(x, 1 - t) = -REPA(x, t).
-HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of S, B, L, XL by width: not in the files
-WEIGHTS_IN = ("ema", "model_ema", "ema_model", "ema_state_dict", "shadow",  # averages come first
-              "model", "state_dict", "model_state_dict")
-
-
-def unwrap(file):
-    """Of a training script's file: the tensors, the keys that lead to them, and its settings.
-    Raises ValueError if these tell of another kind of model."""
-    keys = []
-    tensors = file
-    while nested := [k for k in WEIGHTS_IN if isinstance(tensors.get(k), dict)]:
-        keys.append(nested[0])
-        tensors = tensors[nested[0]]
-    prefix = re.compile(r"^((module|_orig_mod|model)\.)+")  # of DDP, torch.compile and others
-    tensors = {prefix.sub("", name): v for name, v in tensors.items()}
-    settings = file.get("args", {})
-    if isinstance(settings, argparse.Namespace):
-        settings = vars(settings)
-    settings = {k: v for k, v in {**file, **settings}.items() if not isinstance(v, dict)}
-    words = [str(settings.get(k, "")) for k in ("prediction", "path_type", "model")]
-    if (words[0] not in ("", "velocity", "v") or words[1].lower() not in ("", "linear")
-            or words[2].startswith("DiT")):
-        raise ValueError(f"it was trained with prediction, path type, model {words}; give one that "
-                         "predicts velocities of the linear path")
-    return tensors, keys, settings
-
-
-def read_public(file, form="", num_heads=0):
-    """A SiT or REPA file as {"ema": tensors of u(x, t), "network": settings of a DiT, "format",
-    "has_null": whether there is a null label}.
-
-    file: a state dict, or a training script's dict. form: "sit" or "repa". num_heads: 0 if not
-    known. Raises ValueError if the file may be either and form is empty, KeyError for others.
-    """
-    tensors, keys, settings = unwrap(file)
-    _, C, p, _ = tensors["x_embedder.proj.weight"].shape
-    outputs = ["final_layer.linear.weight", "final_layer.linear.bias"]
-    kind = settings.get("prediction", "")
-    # SiT has twice the output channels, of which the second half is unused. REPA has projectors.
-    is_sit = form == "sit" or kind == "velocity" or len(tensors[outputs[1]]) == 2 * C * p * p
-    marks = [name for name in tensors if name.startswith(("projectors.", "decoder_blocks."))]
-    if is_sit == (form == "repa" or kind == "v" or bool(marks)):
-        raise ValueError("it has marks of both SiT and REPA, or of none; they differ in sign and "
-                         "time, so give the right --teacher-format")
-    encoder = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
-    for name in marks:
-        part, i, rest = name.split(".", 2)
-        v = tensors.pop(name)
-        if part == "decoder_blocks":  # of older files: the later blocks
-            tensors[f"blocks.{int(i) + encoder}.{rest}"] = v
-    if is_sit:  # it is called at 1 - t: rotate the weights of its inputs cos wt, sin wt by w
-        w = torch.exp(-math.log(10000) / 128 * torch.arange(128, dtype=torch.float64))
-        of_cos, of_sin = tensors["t_embedder.mlp.0.weight"].double().split(128, 1)
-        tensors["t_embedder.mlp.0.weight"] = torch.cat(
-            [of_cos * w.cos() + of_sin * w.sin(), of_cos * w.sin() - of_sin * w.cos()], 1)
-    for name in outputs:
-        used = tensors[name].unflatten(0, (p * p, -1))[:, :C].flatten(0, 1)  # pixel, channel
-        tensors[name] = used if is_sit else -used
-    table = tensors["y_embedder.embedding_table.weight"]
-    classes = settings.get("num_classes", 1000 if len(table) == 1000 else len(table) - 1)
-    if len(table) == classes:  # labels were never dropped: a row for null, which is not used
-        tensors["y_embedder.embedding_table.weight"] = torch.cat([table, table.mean(0)[None]])
-    dropout = settings.get("class_dropout_prob", settings.get("cfg_prob", 0.1))
-    form = "SiT" if is_sit else "REPA"
-    return {"format": " ".join([form, *keys]), "ema": tensors,
-            "network": infer_settings(tensors, num_heads),
-            "has_null": len(table) > classes and dropout > 0}
-
-
-def infer_settings(tensors, num_heads=0):
-    """Settings of a DiT with these tensors. The number of heads is a guess for unknown widths."""
-    D, C, p, _ = tensors["x_embedder.proj.weight"].shape
-    heads = num_heads or HEADS.get(D, max(1, D // 64))
-    qk_norm = "blocks.0.attn.q_norm.weight" in tensors
-    if qk_norm:
-        heads = D // len(tensors["blocks.0.attn.q_norm.weight"])
-    return {"input_size": p * math.isqrt(tensors["pos_embed"].shape[1]), "in_channels": C,
-            "num_classes": len(tensors["y_embedder.embedding_table.weight"]) - 1,
-            "depth": len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}),
-            "hidden_size": D, "num_heads": heads, "patch_size": p, "qk_norm": qk_norm}
 
 
 # 4. Data -----------------------------------------------------------------------------------------
@@ -1023,113 +940,6 @@ def train(module, config, state=None):
         yield state.step, metrics, state
 
 
-def forwards_needed(module, config):
-    """Forwards of one sample that a training step needs. A backward pass is two, a jvp two."""
-    training = 3 + config.activation_checkpointing
-    teacher = 1 + config.is_guided
-    if not isinstance(module, Distiller):
-        return training * config.batch_size
-    target = 2 + teacher
-    if config.prediction == "step":
-        target = 1 + 4 * config.step_count * teacher
-    predict = (training + target) * (config.batch_size - config.corrections)
-    return predict + (2 * training + teacher) * config.corrections
-
-
-def save(path, write):
-    """Call write(file). The file at `path` is then replaced as a whole, or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with open(part, "wb") as file:
-            write(file)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def on_interrupt(handler):
-    """Call handler(number, frame) at Ctrl-C and at SIGTERM."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
-
-
-def summarise(recent, seconds, module, config):
-    """A line of the log: means of the metrics of recent steps, and what these steps cost."""
-    line = {name: torch.stack([m[name] for m in recent]).nanmean().item() for name in recent[0]}
-    line["samples_per_second"] = config.batch_size * len(recent) / seconds
-    if module.network.pos_embed.is_cuda:
-        x = torch.zeros(1, *module.network.shape, device="cuda")
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            module.network(x, x.new_ones(1))
-        flops = counter.get_total_flops() * forwards_needed(module, config) * len(recent)
-        line["tflops"] = flops / seconds / 1e12  # of all processes together
-        line["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return line
-
-
-def run_stage(kind, module, config, out, score=None):
-    """Train, from the checkpoint out/<kind>.pt if it is there. score(network) -> endpoint error.
-    Returns the averaged network and the log. Interrupts save, and raise UserError."""
-    path, state = out / f"{kind}.pt", TrainState(module, config)
-    if path.exists():
-        with explained(f"{path} cannot be continued: give another --out"):
-            saved = torch.load(path, "cpu", weights_only=True)
-            for name, part in state.parts.items():
-                part.load_state_dict(saved[name])
-            state.step, state.log = saved["step"], saved["log"]
-    state.keep(path)  # a folder that cannot be written is found now
-    recent, interrupts, clock = [], [], time.perf_counter()
-    on_interrupt(lambda number, frame: interrupts.append(number))  # the step ends and is saved
-    bar = tqdm(train(module, config, state), kind, config.steps, initial=state.step,
-               disable=RANK > 0 or None)
-    for step, metrics, _ in bar:
-        received = mean_over_processes(torch.tensor(float(len(interrupts))))
-        is_last = received > 0 or step == config.steps
-        recent.append(metrics)
-        if RANK == 0 and (is_last or step % LOG_INTERVAL == 0):
-            line = summarise(recent, time.perf_counter() - clock, module, config)
-            if score and (is_last or step % (5 * LOG_INTERVAL) == 0):
-                line["endpoint_error"] = score(state.ema)
-            state.log.append({"stage": kind, "step": step, **line})
-            bar.set_postfix({name: f"{v:.3g}" for name, v in line.items()}, refresh=False)
-            recent, clock = [], time.perf_counter()
-        if is_last or step % CHECKPOINT_INTERVAL == 0:
-            state.keep(path)
-        if received > 0:
-            bar.close()
-            launcher = ["torchrun", f"--nproc_per_node={WORLD}"] if LAUNCH else ["python"]
-            raise UserError(f"interrupted: {path} holds step {step} of {config.steps}. The same "
-                            f"command continues: {shlex.join(launcher + sys.argv)}")
-    on_interrupt(signal.default_int_handler)
-    return state.ema, state.log
-
-
-def load_network(path, kind, device="cpu", **told):
-    """The averaged network of a checkpoint, frozen, and the checkpoint. Raises UserError."""
-    with explained(f"{path} cannot be used as a {kind}"):
-        with torch.serialization.safe_globals([argparse.Namespace]):  # settings of SiT and REPA
-            file = torch.load(path, "cpu", weights_only=True)
-        if kind == "teacher" and "kind" not in file:
-            file = read_public(file, **told)
-        if file.get("kind", kind) != kind:
-            raise ValueError(f"it is a {file['kind']}")
-        if not all(v.isfinite().all() for v in file["ema"].values()):
-            raise ValueError("its weights are not all finite")
-        network = DiT.from_tensors(file["network"], file["ema"]).to(device).requires_grad_(False)
-    return network, file
-
-
-def load_teacher(path, device="cpu", form="", num_heads=0):
-    """A DiT, called as u(x, t, y), from a teacher.pt or a file of SiT or REPA. form: "sit" or
-    "repa" for a file that may be either; num_heads: 0 if not known. Raises UserError."""
-    return load_network(path, "teacher", device, form=form, num_heads=num_heads)[0]
-
-
-def load_student(path, device="cpu"):
-    """A FlowMap from a student.pt. Raises UserError."""
-    return FlowMap(load_network(path, "student", device)[0])
-
-
 # 7. Measures -------------------------------------------------------------------------------------
 
 SOLVER_STEPS = 32  # RK4 steps to the teacher's endpoints; large sets of samples take SET_STEPS
@@ -1209,25 +1019,6 @@ def endpoint_score(teacher, network, config):
     z = draw_noise(network, n, generator(config.seed, EVALUATION, 0))
     phi = in_batches(lambda z, y: solve_ode(u, z, SOLVER_STEPS, "rk4", y), z, y)
     return lambda average: relative_error(jump(FlowMap(average), z, y, strength), phi)
-
-
-def check_teacher(teacher):
-    """Raise UserError if a teacher's samples do not look like pictures or latents.
-
-    Scores compare the student with its teacher, so a file that is read in a wrong way would still
-    get good scores. REPA read as SiT maps noise to noise: neighbouring values have a correlation of
-    0 (pictures and latents: above 0.5). A network that predicts noise, u = n, gives 2z (data: a
-    spread near 1). The limits leave a margin.
-    """
-    z = draw_noise(teacher, 16, generator(0))
-    y = torch.arange(16, device=z.device) % max(1, teacher.num_classes)
-    x = in_batches(lambda z, y: solve_ode(teacher, z, 8, "heun", y), z, y)
-    neighbours = torch.stack([x[..., 1:].flatten(), x[..., :-1].flatten()])
-    correlation = torch.corrcoef(neighbours)[0, 1].item()
-    spread = x.std().item()
-    if not (correlation > 0.15 and 0.2 < spread < 1.7):
-        raise UserError(f"samples do not look like data (spread {spread:.2f}, {correlation=:.2f}): "
-                        "try another --teacher-format or --num-heads, or --trust-teacher")
 
 
 def evaluate(student, teacher, data, config, out, log):
@@ -1394,7 +1185,232 @@ def save_pictures(network, metrics, sets, path, jumps, out):
     print(f"pictures and metrics.json are in {out}")
 
 
-# 9. Command line ---------------------------------------------------------------------------------
+# 9. Files -----------------------------------------------------------------------------------------
+# What is read from files and written to them. Skip at first.
+
+
+def save(path, write):
+    """Call write(file). The file at `path` is then replaced as a whole, or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            write(file)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_network(path, kind, device="cpu", **told):
+    """The averaged network of a checkpoint, frozen, and the checkpoint. Raises UserError."""
+    with explained(f"{path} cannot be used as a {kind}"):
+        with torch.serialization.safe_globals([argparse.Namespace]):  # settings of SiT and REPA
+            file = torch.load(path, "cpu", weights_only=True)
+        if kind == "teacher" and "kind" not in file:
+            file = read_public(file, **told)
+        if file.get("kind", kind) != kind:
+            raise ValueError(f"it is a {file['kind']}")
+        if not all(v.isfinite().all() for v in file["ema"].values()):
+            raise ValueError("its weights are not all finite")
+        network = DiT.from_tensors(file["network"], file["ema"]).to(device).requires_grad_(False)
+    return network, file
+
+
+def load_teacher(path, device="cpu", form="", num_heads=0):
+    """A DiT, called as u(x, t, y), from a teacher.pt or a file of SiT or REPA. form: "sit" or
+    "repa" for a file that may be either; num_heads: 0 if not known. Raises UserError."""
+    return load_network(path, "teacher", device, form=form, num_heads=num_heads)[0]
+
+
+def load_student(path, device="cpu"):
+    """A FlowMap from a student.pt. Raises UserError."""
+    return FlowMap(load_network(path, "student", device)[0])
+
+
+# Public teachers. SiT (arXiv 2401.08740) and REPA (arXiv 2410.06940) are DiTs with the same names.
+# What differs is folded into their weights: u(x, t) = SiT(x, 1 - t) = -REPA(x, t).
+HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of S, B, L, XL by width: not in the files
+WEIGHTS_IN = ("ema", "model_ema", "ema_model", "ema_state_dict", "shadow",  # averages come first
+              "model", "state_dict", "model_state_dict")
+
+
+def unwrap(file):
+    """Of a training script's file: its tensors, the keys that lead to them, and its settings."""
+    keys = []
+    tensors = file
+    while nested := [k for k in WEIGHTS_IN if isinstance(tensors.get(k), dict)]:
+        keys.append(nested[0])
+        tensors = tensors[nested[0]]
+    prefix = re.compile(r"^((module|_orig_mod|model)\.)+")  # of DDP, torch.compile and others
+    tensors = {prefix.sub("", name): v for name, v in tensors.items()}
+    settings = file.get("args", {})
+    if isinstance(settings, argparse.Namespace):
+        settings = vars(settings)
+    return tensors, keys, {k: v for k, v in {**file, **settings}.items() if not isinstance(v, dict)}
+
+
+def find_format(tensors, settings, told=""):
+    """"SiT" or "REPA": as told, or by the settings of the training, or by the tensors. Raises
+    ValueError if these disagree or do not say, and for another kind of model."""
+    words = [str(settings.get(k, "")) for k in ("prediction", "path_type", "model")]
+    if (words[0] not in ("", "velocity", "v") or words[1] not in ("", "linear", "Linear")
+            or words[2].startswith("DiT")):
+        raise ValueError(f"it was trained with prediction, path type, model {words}; give one that "
+                         "predicts velocities of the linear path")
+    _, C, p, _ = tensors["x_embedder.proj.weight"].shape
+    # SiT has twice the output channels, of which the second half is unused. REPA has projectors.
+    is_double = len(tensors["final_layer.linear.bias"]) == 2 * C * p * p
+    has_more = any(name.startswith(("projectors.", "decoder_blocks.")) for name in tensors)
+    is_sit = told == "sit" or words[0] == "velocity" or is_double
+    is_repa = told == "repa" or words[0] == "v" or has_more
+    if is_sit == is_repa:
+        raise ValueError("it has marks of both SiT and REPA, or of none; they differ in sign and "
+                         "time, so give the right --teacher-format")
+    return "SiT" if is_sit else "REPA"
+
+
+def read_public(file, form="", num_heads=0):
+    """A SiT or REPA file as {"ema": tensors of u(x, t), "network": settings of a DiT, "format",
+    "has_null": whether there is a null label}.
+
+    file: a state dict, or a training script's dict. form: "sit" or "repa". num_heads: 0 if not
+    known. Raises ValueError as find_format does, KeyError for files of other models.
+    """
+    tensors, keys, settings = unwrap(file)
+    form = find_format(tensors, settings, form)
+    # Names: REPA's projectors are not needed. Its older files name the later blocks decoder_blocks.
+    tensors = {name: v for name, v in tensors.items() if not name.startswith("projectors.")}
+    encoder = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    for name in [name for name in tensors if name.startswith("decoder_blocks.")]:
+        _, i, rest = name.split(".", 2)
+        tensors[f"blocks.{encoder + int(i)}.{rest}"] = tensors.pop(name)
+    # Time: SiT is called at 1 - t. The cosines and sines of w (1 - t) are those of w t, rotated by
+    # w; rotating the weights that they meet does the same.
+    if form == "SiT":
+        w = torch.exp(-math.log(10000) / 128 * torch.arange(128, dtype=torch.float64))
+        of_cos, of_sin = tensors["t_embedder.mlp.0.weight"].double().split(128, 1)
+        tensors["t_embedder.mlp.0.weight"] = torch.cat(
+            [of_cos * w.cos() + of_sin * w.sin(), of_cos * w.sin() - of_sin * w.cos()], 1)
+    # Output: of SiT the first half of the channels, of REPA the negative.
+    _, C, p, _ = tensors["x_embedder.proj.weight"].shape
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        used = tensors[name].unflatten(0, (p * p, -1))[:, :C].flatten(0, 1)  # pixel, channel
+        tensors[name] = used if form == "SiT" else -used
+    # Labels: training without label dropout leaves no null label; give it a row, never used.
+    table = tensors["y_embedder.embedding_table.weight"]
+    classes = settings.get("num_classes", 1000 if len(table) == 1000 else len(table) - 1)
+    if len(table) == classes:
+        tensors["y_embedder.embedding_table.weight"] = torch.cat([table, table.mean(0)[None]])
+    dropout = settings.get("class_dropout_prob", settings.get("cfg_prob", 0.1))
+    return {"format": " ".join([form, *keys]), "ema": tensors,
+            "network": infer_settings(tensors, num_heads),
+            "has_null": len(table) > classes and dropout > 0}
+
+
+def infer_settings(tensors, num_heads=0):
+    """Settings of a DiT with these tensors. The number of heads is a guess for unknown widths."""
+    E, C, p, _ = tensors["x_embedder.proj.weight"].shape
+    heads = num_heads or HEADS.get(E, max(1, E // 64))
+    qk_norm = "blocks.0.attn.q_norm.weight" in tensors
+    if qk_norm:
+        heads = E // len(tensors["blocks.0.attn.q_norm.weight"])
+    return {"input_size": p * math.isqrt(tensors["pos_embed"].shape[1]), "in_channels": C,
+            "num_classes": len(tensors["y_embedder.embedding_table.weight"]) - 1,
+            "hidden_size": E, "num_heads": heads, "patch_size": p, "qk_norm": qk_norm,
+            "depth": sum(name.endswith(".attn.qkv.weight") for name in tensors)}
+
+
+def check_teacher(teacher):
+    """Raise UserError if a teacher's samples do not look like pictures or latents.
+
+    Scores compare the student with its teacher, so a file that is read in a wrong way would still
+    get good scores. REPA read as SiT maps noise to noise: neighbouring values have a correlation of
+    0 (pictures and latents: above 0.5). A network that predicts noise, u = n, gives 2z (data: a
+    spread near 1). The limits leave a margin.
+    """
+    z = draw_noise(teacher, 16, generator(0))
+    y = torch.arange(16, device=z.device) % max(1, teacher.num_classes)
+    x = in_batches(lambda z, y: solve_ode(teacher, z, 8, "heun", y), z, y)
+    neighbours = torch.stack([x[..., 1:].flatten(), x[..., :-1].flatten()])
+    correlation = torch.corrcoef(neighbours)[0, 1].item()
+    spread = x.std().item()
+    if not (correlation > 0.15 and 0.2 < spread < 1.7):
+        raise UserError(f"samples do not look like data (spread {spread:.2f}, {correlation=:.2f}): "
+                        "try another --teacher-format or --num-heads, or --trust-teacher")
+
+
+# 10. Runs and the command line --------------------------------------------------------------------
+
+
+def forwards_needed(module, config):
+    """Forwards of one sample that a training step needs. A backward pass is two, a jvp two."""
+    training = 3 + config.activation_checkpointing
+    teacher = 1 + config.is_guided
+    if not isinstance(module, Distiller):
+        return training * config.batch_size
+    target = 2 + teacher
+    if config.prediction == "step":
+        target = 1 + 4 * config.step_count * teacher
+    predict = (training + target) * (config.batch_size - config.corrections)
+    return predict + (2 * training + teacher) * config.corrections
+
+
+def on_interrupt(handler):
+    """Call handler(number, frame) at Ctrl-C and at SIGTERM."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+def summarise(recent, seconds, module, config):
+    """A line of the log: means of the metrics of recent steps, and what these steps cost."""
+    line = {name: torch.stack([m[name] for m in recent]).nanmean().item() for name in recent[0]}
+    line["samples_per_second"] = config.batch_size * len(recent) / seconds
+    if module.network.pos_embed.is_cuda:
+        x = torch.zeros(1, *module.network.shape, device="cuda")
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            module.network(x, x.new_ones(1))
+        flops = counter.get_total_flops() * forwards_needed(module, config) * len(recent)
+        line["tflops"] = flops / seconds / 1e12  # of all processes together
+        line["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return line
+
+
+def run_stage(kind, module, config, out, score=None):
+    """Train, from the checkpoint out/<kind>.pt if it is there. score(network) -> endpoint error.
+    Returns the averaged network and the log. Interrupts save, and raise UserError."""
+    path, state = out / f"{kind}.pt", TrainState(module, config)
+    if path.exists():
+        with explained(f"{path} cannot be continued: give another --out"):
+            saved = torch.load(path, "cpu", weights_only=True)
+            for name, part in state.parts.items():
+                part.load_state_dict(saved[name])
+            state.step, state.log = saved["step"], saved["log"]
+    state.keep(path)  # a folder that cannot be written is found now
+    recent, interrupts, clock = [], [], time.perf_counter()
+    on_interrupt(lambda number, frame: interrupts.append(number))  # the step ends and is saved
+    bar = tqdm(train(module, config, state), kind, config.steps, initial=state.step,
+               disable=RANK > 0 or None)
+    for step, metrics, _ in bar:
+        received = mean_over_processes(torch.tensor(float(len(interrupts))))
+        is_last = received > 0 or step == config.steps
+        recent.append(metrics)
+        if RANK == 0 and (is_last or step % LOG_INTERVAL == 0):
+            line = summarise(recent, time.perf_counter() - clock, module, config)
+            if score and (is_last or step % (5 * LOG_INTERVAL) == 0):
+                line["endpoint_error"] = score(state.ema)
+            state.log.append({"stage": kind, "step": step, **line})
+            bar.set_postfix({name: f"{v:.3g}" for name, v in line.items()}, refresh=False)
+            recent, clock = [], time.perf_counter()
+        if is_last or step % CHECKPOINT_INTERVAL == 0:
+            state.keep(path)
+        if received > 0:
+            bar.close()
+            launcher = ["torchrun", f"--nproc_per_node={WORLD}"] if LAUNCH else ["python"]
+            raise UserError(f"interrupted: {path} holds step {step} of {config.steps}. The same "
+                            f"command continues: {shlex.join(launcher + sys.argv)}")
+    on_interrupt(signal.default_int_handler)
+    return state.ema, state.log
+
+
 
 
 def make_parser():

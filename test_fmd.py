@@ -1464,9 +1464,9 @@ def test_the_readme_names_what_exists():
     for name in re.findall(r"fmd\.([a-z]\w+)", text):
         assert name == "py" or hasattr(fmd, name), name
     lines = (HERE / "fmd.py").read_text().splitlines()
-    starts = [i for i, line in enumerate(lines, 1) if re.match(r"# \d\. ", line)]
-    rows = re.findall(r"\| (\d\. [^|]+?) \| (\d+) to (\d+) \|", text)
-    assert len(starts) == 9 and [int(first) for _, first, _ in rows] == starts
+    starts = [i for i, line in enumerate(lines, 1) if re.match(r"# \d+\. ", line)]
+    rows = re.findall(r"\| (\d+\. [^|]+?) \| (\d+) to (\d+) \|", text)
+    assert len(starts) == 10 and [int(first) for _, first, _ in rows] == starts
     assert [int(last) + 1 for *_, last in rows] == [*starts[1:], len(lines) + 1]
     assert all(lines[int(first) - 1].startswith(f"# {name} -") for name, first, _ in rows)
 
