@@ -532,7 +532,8 @@ class DiT(nn.Module):
             raise ValueError("this network has no input for guidance: give guidance_max above 1")
         C, H, W = self.shape
         p = self.settings["patch_size"]
-        patches = nnf.unfold(x, p, stride=p).mT  # (B, T, C p p), tokens row by row
+        patches = x.reshape(-1, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)
+        patches = patches.reshape(len(x), -1, C * p * p)  # (B, T, C p p), tokens row by row
         proj = self.x_embedder.proj  # a convolution by name and shape, a matrix by what it does
         x = nnf.linear(patches, proj.weight.flatten(1), proj.bias) + self.pos_embed  # (B, T, E)
         if self.fourier_embedder is not None:
