@@ -9,14 +9,16 @@ Map: 1. The method (the whole paper, in reading order: read this first)  2. Teac
 4. Data  5. Settings  6. Training. Skip at first: 7. Measures  8. Pictures  9. Files  10. Runs
 
 Conventions, everywhere in this file
-    t = 0 is data, t = 1 is the prior N(0, I), and x_t = (1 - t) x + t n in between.
-    u(x_t, t) = E[x - n | x_t] is the teacher's velocity. It points from noise to data.
+    t = 0 is data x, t = 1 is noise n ~ N(0, I), and x_t = (1 - t) x + t n in between.
+    u(x_t, t) is the teacher's velocity, trained to be E[x - n | x_t]: dx/dt = -u, towards data.
     delta = 1 - t is the progress of a path: sampling solves dx/d(delta) = u(x, 1 - delta).
     phi(z, delta) is the state that the teacher's path from the noise z reaches at delta.
     f(z, delta) = z + delta F(z, delta) is the student's phi. f(z, 1) is its one-step sample.
-    Samples are images (B, C, H, W); a point of the plane is a 2 x 1 x 1 image.
-    t, delta, r and guidance are (B,), or (1,) if one value serves all. Labels y are (B,) int64.
-    The label num_classes is the null label: "any class".
+    v_G = df/ddelta is the velocity of the student's map (G: generating), and D_G = v_G - u.
+    v_N is the velocity of its samples, noised to the time r (N: noising), and D_N = v_N - u.
+    Samples are images (B, C, H, W) of d = C H W values; a point of the plane is 2 x 1 x 1.
+    t, delta, r and guidance (the strength gamma) are (B,), or (1,) if one value serves all.
+    Labels y are int64, (B,), (1,) or None; num_classes is the null label, "any class", as is None.
 
 Commands to paste; the same command continues a run that was interrupted
     python fmd.py --dataset toy2d                            # a 2-D toy: teacher, student, pictures
@@ -57,21 +59,10 @@ from tqdm import tqdm
 # 1. The method -----------------------------------------------------------------------------------
 # A teacher is anything that can be called as u(x, t, y) and returns a velocity. The student learns
 # its flow map from noise alone, with two losses. Prediction compares the velocity with which the
-# student's map moves, d f / d delta, with the teacher's u. Correction compares the velocity of the
-# student's noised samples with u. Both start from z ~ N(0, I), the one distribution on which
+# student's map moves, v_G = df/ddelta, with the teacher's u. Correction compares the velocity v_N
+# of the student's noised samples with u. Both start from z ~ N(0, I), the one distribution on which
 # teacher and student agree by construction. Data-based distillation starts from noised data, but a
-# guided or imperfect teacher visits other states: the teacher-data mismatch.
-
-TEACHER, STUDENT, WEIGHTS, EVALUATION, SAMPLING = range(5)  # streams of random numbers
-
-
-def generator(*key):
-    """A random generator that depends only on the integers in `key`: seed, stream, step.
-
-    Then a run that continues needs no saved state of a generator, and all processes draw the same
-    batch, of which each takes its own rows.
-    """
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+# guided or imperfect teacher passes through other states: the teacher-data mismatch.
 
 
 def expand(v):
@@ -87,8 +78,9 @@ def interpolate(x, n, t):
 class FlowMap:
     """The student: a velocity network read as F, the average velocity from t = 1 to t = 1 - delta.
 
-    A student with the teacher's weights is exact at delta = 0 (without guidance): the solution
-    there is F(z, 0) = u(z, 1), which is what the network returns. It learns onwards from there.
+    Why it starts with the teacher's weights: the average over no time is the velocity at the start,
+    F(z, 0) = u(z, 1). These weights return just that, if there is no guidance. Training then
+    extends what is right at delta = 0 to larger delta.
     """
 
     def __init__(self, network):
@@ -103,23 +95,23 @@ class FlowMap:
         return z + expand(delta) * self.F(z, delta, y, guidance)
 
 
-# Runge-Kutta methods. Slopes after the first are evaluated at these fractions of a step, each at
-# the state that is reached with the slope before it. Then come the weights that average all slopes.
+# Runge-Kutta methods as (places, weights). Slopes after the first are evaluated at these fractions
+# of a step, each at the state that the slope before it leads to. The weights average all slopes.
 METHODS = {"euler": ([], [1]), "heun": ([1], [1 / 2, 1 / 2]),
            "rk4": ([1 / 2, 1 / 2, 1], [1 / 6, 1 / 3, 1 / 3, 1 / 6])}
 
 
 @torch.no_grad()
-def solve_ode(u, z, steps, method="heun", y=None, return_path=False, t=1.0, h=1.0):
+def solve_ode(u, z, steps, method="heun", y=None, return_path=False, t=1.0, length=1.0):
     """Integrate dx/d(delta) = u(x, 1 - delta) in `steps` equal steps of Euler, Heun or RK4.
-    By default from noise z at t = 1 to a sample phi(z, 1) at t = 0; with t and h, numbers or (B,),
-    from states z at times t to times t - h. Returns the last state (B, C, H, W), or with
+    By default from noise z at t = 1 to a sample phi(z, 1) at t = 0; with t and length, numbers or
+    (B,), from states z at times t to times t - length. Returns the last state (B, C, H, W), or with
     return_path all, (steps + 1, B, C, H, W). Raises ValueError for no steps or another method."""
     if steps < 1 or method not in METHODS:
         raise ValueError(f"solve_ode: {steps} steps of {method}; give 1 or more of {[*METHODS]}")
     places, weights = METHODS[method]
     t = torch.as_tensor(t, device=z.device).view(-1)
-    step = torch.as_tensor(h, device=z.device).view(-1) / steps
+    step = torch.as_tensor(length, device=z.device).view(-1) / steps
     path = [z]
     for _ in range(steps):
         x = path[-1]
@@ -133,8 +125,8 @@ def solve_ode(u, z, steps, method="heun", y=None, return_path=False, t=1.0, h=1.
 
 def guided(teacher, guidance, interval=(0.0, 1.0)):
     """Classifier-free guidance: u_gamma = gamma u(.|y) + (1 - gamma) u(.|null), another teacher.
-    guidance: gamma, (B,) or (1,), or None, which returns the teacher itself. gamma is 1 for t
-    outside of the interval. teacher.num_classes is the null label. One call of twice the batch."""
+    guidance: the strength gamma, (B,) or (1,); it is 1 for t outside of the interval. None: the
+    teacher itself. The network is called once, with twice the batch: labelled and null."""
     if guidance is None:
         return teacher
 
@@ -144,7 +136,8 @@ def guided(teacher, guidance, interval=(0.0, 1.0)):
         t, y = t.expand(len(x)), y.expand(len(x))
         both = torch.cat([y, torch.full_like(y, teacher.num_classes)])
         labelled, null = teacher(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        gamma = torch.where((interval[0] <= t) & (t <= interval[1]), guidance, 1.0)
+        is_inside = (interval[0] <= t) & (t <= interval[1])
+        gamma = torch.where(is_inside, guidance, 1.0)
         return null + expand(gamma) * (labelled - null)
 
     return u
@@ -155,26 +148,23 @@ def mean_square(D):
     return D.flatten(1).square().mean(1)
 
 
-@torch.no_grad()  # this is the stop-gradient sg: D_G is a constant
-def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp", h=0.005, F=None,
-                        average=None, steps=1):
-    """Predict: D_G = v_G - u(f, 1 - delta) [9], where v_G = d f / d delta = F + delta dF/ddelta.
+# Why no_grad, the stop-gradient sg: the target F - D depends on the weights too. Its gradient would
+# need second derivatives, and would move f to where the target is easy to meet instead of to the
+# teacher. So D_G is a constant, computed again at every step.
+@torch.no_grad()
+def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp", h=0.005, F=None):
+    """Predict: D_G = v_G - u(f, 1 - delta) [9], where v_G = df/ddelta = F + delta dF/ddelta.
 
-    v_G is the student's generating velocity. [7] says v_G = u(f, 1 - delta), which holds for all z
-    and delta if and only if f = phi. F: F(z, delta), if it is known. Returns (B, C, H, W).
+    [7] says that v_G = u(f, 1 - delta). If it holds for all z and delta, f = phi: f(z, 0) = z, and
+    an ODE has one solution from each start. Returns (B, C, H, W).
 
-    form: how D_G is computed. All agree as h -> 0 (h: a number or (B,); step: without average).
+    form: how dF/ddelta is computed. Raises ValueError for another form.
       jvp         forward-mode derivative, exact
-      difference  (F(z, delta + h) - F(z, delta - h)) / 2h, one-sided at the ends
-      step        ours, without a derivative: see step_gradient, also for average and steps
-    Raises ValueError for another form.
+      difference  (F(z, delta + h) - F(z, delta - h)) / 2h, one-sided at the ends; h: number or (B,)
+    F: F(z, delta), if it is known.
     """
     if F is None:
         F = student.F(z, delta, y, guidance)
-    h = torch.as_tensor(h, device=z.device).view(-1)
-    f = z + expand(delta) * F
-    if form == "step":
-        return step_gradient(f, average or student, u, z, delta, y, guidance, h, steps)
     # Why a partial derivative: one noise z has one path, and only delta moves along it. In MeanFlow
     # the start of the path moves too, so its identity has a total derivative.
     if form == "jvp":
@@ -188,37 +178,28 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
         dF = student.F(z, high, y, guidance) - student.F(z, low, y, guidance)
         dF = dF / expand(high - low)
     else:
-        raise ValueError(f"unknown form {form}: choose from jvp, difference, step")
-    # Why u is evaluated at f: the ODE says d f / d delta = u(f, 1 - delta), and this state needs
-    # neither data nor a solver. The price: while f is wrong, u is evaluated at a wrong place, and
-    # errors compound. ||f - phi|| at delta = 1 is at most the integral of ||D_G|| g over delta. The
-    # growth g is exp(integral of L from delta to 1), where L is the rate at which u drives
-    # neighbouring states apart: positive between modes, negative inside of one.
+        raise ValueError(f"prediction_gradient: {form} is not jvp or difference")
+    # Why u is evaluated at f: the ODE says df/ddelta = u(f, 1 - delta), and to know f takes no data
+    # and no solver. The price: while f is wrong, u is evaluated at a wrong place, and errors
+    # compound. Let L(delta) be the rate at which u drives neighbouring states apart: positive
+    # between modes, negative inside of one. Then at delta = 1
+    #     ||f - phi|| <= integral over delta of ||D_G(delta)|| exp(integral of L from delta to 1)
+    f = z + expand(delta) * F
     return F + expand(delta) * dF - u(f, 1 - delta, y)  # [7] as a residual: D_G of [9]
-
-
-def step_gradient(f, average, u, z, delta, y, guidance, h, steps):
-    """The form `step` of D_G, (B, C, H, W), which is not the paper's; skip it at first.
-
-    Take an interval of length h that ends at delta. The student jumps from z to the start of the
-    interval. From there the teacher's ODE is solved up to delta in `steps` RK4 steps, and f, which
-    is f(z, delta), is compared with that end. There is no derivative whose error could enter.
-    average: the student, or one with averaged weights, whose jump is less noisy. Distiller turns
-    the result, an error of the velocity v_G, into one of F.
-    """
-    start = average.f(z, delta - h, y, guidance)
-    end = solve_ode(u, start, steps, "rk4", y, t=1 - delta + h, h=h)
-    return (f - end) / expand(h)
 
 
 @torch.no_grad()  # sg, as above
 def correction_gradient(v_N, u, x_r, r, y=None):
     """Correct: D_N = v_N - u(x_r, r) [11]. Returns a constant (B, C, H, W).
-    v_N: the student's noising velocity at x_r, which is the velocity of its own noised samples.
-    With D_N held constant, F(z, 1)^T D_N has the gradient of KL(student's x_r || teacher's x_r)
-    [10], up to a weight (1 - r)^2 / r, because score and velocity determine each other:
-    score = ((1 - r) u - x_r) / r. Even for a perfect student D_N is not zero if u is guided or
-    learned: then u is not exactly the velocity of the samples that its own ODE generates.
+
+    v_N = E[x - n | x_r] for the student's samples x, noised: x_r = (1 - r) x + r n. With D_N held
+    constant, F(z, 1)^T D_N has the gradient of KL(student's x_r || teacher's x_r) [10], up to the
+    weight (1 - r)^2 / r. One factor: score = ((1 - r) u - x_r) / r, so the scores of student and
+    teacher differ by (1 - r) / r D_N. The other: x_r changes by 1 - r times the change of F.
+
+    Why D_N is not zero even for a perfect student, if u is guided or learned: guidance mixes the
+    velocities of two distributions, and training leaves errors. The ODE of such a u still generates
+    samples, but noised again they have a velocity of their own, which is not exactly u.
     """
     return v_N - u(x_r, r, y)  # [11]
 
@@ -231,11 +212,23 @@ def decay(D, k):
 
     What k does: with k = 0 the loss is the squared residual, and a few noises with large residuals
     dominate it. With k = 1/2 all samples pull equally. With k = 1 large residuals are damped. Where
-    residuals are large the losses disagree: prediction pulls a sample to the mode of its noise,
-    correction rather to a near one. Trained with both, the paper's FID (DiT-B/2) is 43.5 at k = 0
-    and 5.6 at k = 1.
+    residuals are large the losses disagree: prediction pulls a sample to where the teacher's path
+    from its noise ends, correction to a mode that is near. So k hardly matters without correction:
+    the paper's FID (DiT-B/2) is 12 for any k. With it FID is 43.5, 10.6, 5.6 for k = 0, 1/2, 1.
     """
     return D / expand((mean_square(D) + EPS) ** k)
+
+
+TEACHER, STUDENT, WEIGHTS, EVALUATION, SAMPLING = range(5)  # streams of random numbers
+
+
+def generator(*key):
+    """A random generator that depends only on the integers in `key`: seed, stream, step.
+
+    So a run that was interrupted continues with the same numbers. And on several GPUs all processes
+    draw the same batch, of which each takes its own rows: their number does not change the result.
+    """
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
 class Distiller(nn.Module):
@@ -248,7 +241,7 @@ class Distiller(nn.Module):
     Both networks start as copies of the teacher. For the student see FlowMap. The critic's goal is
     near u once the student is right, so it starts there and learns the difference. The correction
     has its own guidance interval, because a guided u is not the velocity of any noised samples. The
-    paper found the interval by experiment: FID is 5.6 with [0, 0.7] and 8.7 with [0, 1].
+    paper found it by experiment: FID (DiT-B/2) is 5.6 with [0, 0.7] and 8.7 with [0, 1].
     """
 
     def __init__(self, network, critic, teacher, config, mean=lambda v: v):
@@ -256,26 +249,25 @@ class Distiller(nn.Module):
         self.network, self.critic, self.teacher = network, critic, teacher
         self.config, self.mean = config, mean
         self.student = FlowMap(network)
-        self.average = None  # or a FlowMap with averaged weights, see ema_target
+        self.ema_student = None  # with ema_target: a FlowMap with averaged weights
 
     def forward(self, z_G, y_G, delta, h, z_N, y_N, r, n, guidance_G=None, guidance_N=None):
         """Rows _G (generating) predict, rows _N (noising) correct. Returns loss and metrics."""
-        config, student = self.config, self.student
-        loss, balance, metrics = 0.0, config.alpha, {}
+        config, student, metrics = self.config, self.student, {}
+        loss, lambda_ = 0.0, config.alpha
         if len(z_G):  # Predict
             u = guided(self.teacher, guidance_G, config.guidance_interval)
             F = student.F(z_G, delta, y_G, guidance_G)
-            D_G = prediction_gradient(student, u, z_G, delta, y_G, guidance_G, config.prediction,
-                                      h, F, self.average, config.step_count)
+            if config.prediction == "solver":  # ours: read it after the rest
+                D_G, weight = self.solver_gradient(u, F, z_G, delta, h, y_G, guidance_G)
+            else:
+                weight = torch.ones_like(delta)
+                D_G = prediction_gradient(student, u, z_G, delta, y_G, guidance_G,
+                                          config.prediction, h, F)
             metrics["prediction"] = mean_square(D_G).mean()
-            norm_G = mean_square(D_G).sqrt().mean()
-            if config.prediction == "step":  # from here the error of F, F - (end - z) / delta
-                D_G = expand(h / delta) * D_G
             # Why F * sg(D): its gradient is (dF/dtheta)^T D, that of 1/2 ||F - sg(F - D)||^2 [8].
-            # Why sg: the target F - D depends on the weights too. Its gradient would need second
-            # derivatives, and would move f to where it is easily met instead of to the teacher.
-            # The value of the loss means nothing; watch `prediction` (||D_G||^2), endpoint_error.
-            loss = loss + (F * decay(D_G, config.decay)).mean()  # [9]
+            # The value of this loss means nothing; watch ||D_G||^2, above, and endpoint_error.
+            loss = loss + (F * decay(expand(weight) * D_G, config.decay)).mean()  # [9]
         if len(z_N):  # Correct, at delta = 1, where samples are: the paper found no gain elsewhere
             u = guided(self.teacher, guidance_N, config.correction_interval)
             F = student.F(z_N, torch.ones_like(r), y_N, guidance_N)
@@ -289,33 +281,47 @@ class Distiller(nn.Module):
             if len(z_G):
                 # Why lambda: the sizes of D_G and D_N differ and change. ||D_G|| before its decay
                 # makes the correction fade as the prediction succeeds.
-                norms = self.mean(torch.stack([norm_G, mean_square(D_N).sqrt().mean()]))
-                balance = config.alpha * norms[0] / (norms[1] + EPS)
+                norms = torch.stack([mean_square(D).sqrt().mean() for D in (D_G, D_N)])
+                norm_G, norm_N = self.mean(norms)
+                lambda_ = config.alpha * norm_G / (norm_N + EPS)
             # D_N is not decayed: a weight that depends on D_N would not leave a gradient of a KL.
-            loss = loss + balance * (F * D_N).mean()  # [10]
+            loss = loss + lambda_ * (F * D_N).mean()  # [10]
             loss = loss + critic_loss  # trains the critic alone, since x is detached
             metrics["correction"] = mean_square(D_N).mean()
             metrics["critic"] = critic_loss.detach()
-            metrics["lambda"] = torch.as_tensor(balance, device=r.device)
+            metrics["lambda"] = torch.as_tensor(lambda_, device=r.device)
         return loss, metrics
+
+    @torch.no_grad()
+    def solver_gradient(self, u, F, z, delta, h, y, guidance):
+        """The form `solver` of D_G, which is ours: no derivative, whose error could enter.
+
+        The student jumps from z to delta - h, the start of an interval. From there the teacher's
+        ODE is solved up to delta, in a few RK4 steps. f(z, delta) is compared with where that ends:
+        D_G = (f - end) / h, which is that of [9] as h -> 0. Returns D_G and the weight h / delta,
+        (B,). Their product is the error of F itself, (f - end) / delta, which the loss takes.
+        """
+        start = (self.ema_student or self.student).f(z, delta - h, y, guidance)
+        end = solve_ode(u, start, self.config.solver_steps, "rk4", y, t=1 - delta + h, length=h)
+        return (z + expand(delta) * F - end) / expand(h), h / delta
 
     def draw(self, step):
         """The batch of a training step, from the prior alone: {name: one row a sample}."""
         config = self.config
         g = generator(config.seed, STUDENT, step)
-        correct = config.corrections
+        correct = config.corrections  # rows that correct
         predict = config.batch_size - correct
         batch = {**self.draw_prior(predict, "_G", g), **self.draw_prior(correct, "_N", g)}
-        # delta = 1 - U^power, with stratified U so that every batch covers the path. The form step
-        # compares values of f, so rows at delta = 1 train the sample itself (half of the rows in
-        # recipe fast). With other forms a zero residual at delta = 1 fixes only the slope there.
-        ends = round(config.end_share * predict) if config.prediction == "step" else 0
+        # The form solver compares states, so rows at delta = 1 train the sample itself: in recipe
+        # fast half of them. The others compare velocities, and need all delta up to there.
+        ends = round(config.end_share * predict) if config.prediction == "solver" else 0
+        # delta = 1 - U^power, with one U in each of equal parts of (0, 1): all of the path.
         parts = torch.arange(predict - ends) + torch.rand(predict - ends, generator=g)
         delta = 1 - (parts / max(1, predict - ends)) ** config.delta_power
-        batch["delta"] = torch.cat([delta.clamp(min=1e-3), torch.ones(ends)])  # step divides by it
+        batch["delta"] = torch.cat([delta.clamp(min=1e-3), torch.ones(ends)])  # solver divides
         batch["h"] = torch.full((predict,), 0.005)  # of the form difference
-        if config.prediction == "step":
-            longest = config.step_size * (0.5 + 0.5 * torch.rand(predict, generator=g))
+        if config.prediction == "solver":
+            longest = config.solver_interval * (0.5 + 0.5 * torch.rand(predict, generator=g))
             batch["h"] = torch.minimum(longest, batch["delta"])
         # Why r lies near the noise: with little noise the x_r of student and teacher hardly overlap
         # where the student is wrong, and D_N says nothing about modes that it lacks. With much
@@ -327,7 +333,7 @@ class Distiller(nn.Module):
     def draw_prior(self, count, suffix, g):
         """Noises, labels of which some are null, and guidance strengths if there is guidance."""
         classes = self.network.num_classes
-        y = torch.randint(max(1, classes), (count,), generator=g)
+        y = torch.randint(max(1, classes), (count,), generator=g)  # without classes all are null
         is_null = torch.rand(count, generator=g) < self.config.label_dropout
         batch = {"z" + suffix: torch.randn(count, *self.network.shape, generator=g),
                  "y" + suffix: torch.where(is_null, classes, y)}
@@ -372,10 +378,10 @@ class GaussianMixture(nn.Module):
         mean = log_weight.softmax(1) @ self.means  # E[mu_k | x_t]
         return (mean + slope * (x_t - (1 - t) * mean)).view_as(x)
 
-    def draw(self, n, g):
-        """n points (n, d, 1, 1) and their labels (n,)."""
-        k = torch.randint(len(self.means), (n,), generator=g)
-        x = self.means[k] + self.blur * torch.randn(n, self.means.shape[1], generator=g)
+    def draw(self, N, g):
+        """N points (N, d, 1, 1) and their labels (N,)."""
+        k = torch.randint(len(self.means), (N,), generator=g)
+        x = self.means[k] + self.blur * torch.randn(N, self.means.shape[1], generator=g)
         return x[:, :, None, None], self.labels[k]
 
     def coverage(self, x):
@@ -415,8 +421,8 @@ class FlowMatching(nn.Module):
 
 
 class Embedder(nn.Module):
-    """A number per sample, (B,) -> (B, E): cosines and sines, then a small MLP. No frequency is
-    above 1: it would multiply the error of dF/ddelta, which is part of the prediction's target."""
+    """A number per sample, (B,) -> (B, E): cosines and sines, then a small MLP. t is not multiplied
+    by 1000 as in DiT: a frequency above 1 multiplies the error of dF/ddelta, a part of D_G."""
 
     def __init__(self, E):
         super().__init__()
@@ -551,41 +557,36 @@ class DiT(nn.Module):
 
 
 # 4. Data -----------------------------------------------------------------------------------------
-# Everything here has shape, num_classes and draw(n, generator) -> images (n, C, H, W), labels (n,).
+# Everything here has shape, num_classes and draw(N, generator) -> images (N, C, H, W), labels (N,).
 
 TOYS = ("checkerboard", "gaussians", "moons", "spirals", "rings")
 
 
 def make_toy(name):
     """One of TOYS as a GaussianMixture: on a grid or along curves, with a spread near 1."""
-    # turn[n]: n points of the unit circle; points are complex numbers
-    turn = {n: torch.polar(torch.ones(n), math.tau * torch.arange(n) / n) for n in (3, 8, 96, 192)}
-    corners = [x + 1j * y for x in range(-2, 2) for y in range(-2, 2) if (x - y) % 2 == 0]
-    cell = torch.tensor([x / 6 + 1j * y / 6 for x in range(6) for y in range(6)]) + (1 + 1j) / 12
-    moon = 1.4 * turn[192][:96] - (0.7 + 0.35j)
-    part = (torch.arange(96) + 0.5) / 96
-    arm = torch.polar(2 * part.sqrt(), 6 * part.sqrt())
-    means, blur = {"checkerboard": (torch.tensor(corners)[:, None] + cell, 0.08),
-                   "gaussians": (1.4 * turn[8][:, None], 0.15),
-                   "moons": (torch.stack([moon, -moon]), 0.08),
-                   "spirals": (torch.stack([arm, -arm]), 0.06),
-                   "rings": (1.15 * turn[3][:, None] + 0.7 * turn[96], 0.06)}[name]
+    # Points are complex numbers x + iy, with one row of points for each label.
+
+    def circle(N):
+        return torch.polar(torch.ones(N), math.tau * torch.arange(N) / N)
+
+    if name == "checkerboard":
+        cells = [x + 1j * y for x in range(-2, 2) for y in range(-2, 2) if (x - y) % 2 == 0]
+        grid = [x / 6 + 1j * y / 6 for x in range(6) for y in range(6)]
+        means = torch.tensor(cells)[:, None] + (torch.tensor(grid) + (1 + 1j) / 12)
+        blur = 0.08
+    elif name == "gaussians":
+        means, blur = 1.4 * circle(8)[:, None], 0.15
+    elif name == "moons":
+        moon = 1.4 * circle(192)[:96] - (0.7 + 0.35j)
+        means, blur = torch.stack([moon, -moon]), 0.08
+    elif name == "spirals":
+        part = ((torch.arange(96) + 0.5) / 96).sqrt()
+        arm = torch.polar(2 * part, 6 * part)
+        means, blur = torch.stack([arm, -arm]), 0.06
+    else:  # rings
+        means, blur = 1.15 * circle(3)[:, None] + 0.7 * circle(96), 0.06
     labels = torch.arange(len(means)).repeat_interleave(means.shape[1])
     return GaussianMixture(torch.view_as_real(means.flatten()), blur, labels, len(means))
-
-
-def load_points(path):
-    """The rows of an N x 2 array as narrow Gaussians without labels. They may lie anywhere and have
-    any scale: each coordinate is standardised, and samples are mapped back. Raises UserError."""
-    with explained(f"--toy {path}: give one of {', '.join(TOYS)}, or FILE.npy with N x 2 finite "
-                   "numbers that vary in both columns"):
-        points = np.load(path, allow_pickle=False).astype(np.float64)
-        scale = points.std(0)
-        if points.shape[1:] != (2,) or not ((scale > 0) & np.isfinite(scale)).all():
-            raise ValueError(f"shape {points.shape}, standard deviation {scale}")
-    means = torch.as_tensor((points - points.mean(0)) / scale, dtype=torch.float32)
-    labels = torch.zeros(len(means), dtype=torch.int64)
-    return GaussianMixture(means, 0.05, labels, 0, points.mean(0).tolist(), scale.tolist())
 
 
 class ImageData:
@@ -600,8 +601,8 @@ class ImageData:
         self.num_classes = num_classes
         self.shape = images.shape[1:]
 
-    def draw(self, n, g):
-        i = torch.randint(len(self.labels), (n,), generator=g)
+    def draw(self, N, g):
+        i = torch.randint(len(self.labels), (N,), generator=g)
         x = torch.from_numpy(self.images[i.numpy()].astype(np.float32))
         bad = i[~(x.flatten(1).std(1) > 0)]
         if len(bad):
@@ -609,57 +610,6 @@ class ImageData:
         if self.images.dtype == np.uint8:
             x = x / 127.5 - 1
         return x, self.labels[i]
-
-
-def load_latents(path):
-    """Latents FILE.npy (N, C, S, S), which stay on the disk, and labels FILE_labels.npy (N,)."""
-    x = np.load(path, mmap_mode="r", allow_pickle=False)
-    y = np.load(path.removesuffix(".npy") + "_labels.npy", allow_pickle=False)
-    is_square = x.shape == (*y.shape, x.shape[1], x.shape[-1], x.shape[-1])
-    if not is_square or x.dtype.kind != "f" or y.dtype.kind not in "iu":
-        raise ValueError(f"{x.dtype} of shape {x.shape}, labels {y.dtype} of shape {y.shape}")
-    if x.shape[1] == 8:
-        raise ValueError("8 channels are means and deviations: give samples of the posterior")
-    spread = x[:: math.ceil(len(x) / 256)].astype(np.float32).std()
-    if not 0.4 < spread < 2.5:
-        raise ValueError(f"deviation {spread:.3g}, not 1: multiply by the VAE's scaling_factor")
-    classes, y = np.unique(y, return_inverse=True)
-    if RANK == 0:
-        print(f"{path}: {len(classes)} classes, here from 0 on: {classes[0]} to {classes[-1]}")
-    return ImageData(x, y, len(classes))
-
-
-def open_data(config):
-    """The data of a run; MNIST and CIFAR-10 are downloaded if need be. Raises UserError."""
-    if config.dataset == "toy2d":
-        return make_toy(config.toy) if config.toy in TOYS else load_points(config.toy)
-    if config.dataset == "imagenet":
-        with explained("imagenet needs a --teacher, or --data FILE.npy with latents N x C x S x S "
-                       "and their labels in FILE_labels.npy"):
-            return load_latents(config.data)
-    with explained(f"{config.dataset} is not in --data {config.data} and cannot be downloaded: go "
-                   "online, remove damaged files there, or give another folder"):
-        source = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}[config.dataset]
-        if RANK == 0:  # one process downloads, the others wait
-            source(config.data, download=True)
-        mean_over_processes(torch.zeros(1))
-        found = source(config.data)
-    x = torch.as_tensor(found.data).numpy()
-    x = x.reshape(len(found.targets), *x.shape[1:3], -1).transpose(0, 3, 1, 2)  # (N, C, H, W)
-    if config.dataset == "cifar10":  # and its mirror images
-        return ImageData(np.concatenate([x, x[..., ::-1]]), 2 * list(found.targets), 10)
-    return ImageData(x, found.targets, 10)
-
-
-def to_view(x, network):
-    """Samples as one looks at them, on the CPU: points in the data's coordinates, 3 channels."""
-    frame = [network.settings[name] for name in ("scale", "center")]
-    if frame[0] is not None:
-        scale, center = torch.tensor(frame, dtype=torch.float64)[..., None, None]
-        return x.cpu() * scale + center
-    if x.shape[1] > 3:
-        x = x[:, :3] / 2
-    return x.cpu()
 
 
 # 5. Settings -------------------------------------------------------------------------------------
@@ -681,7 +631,8 @@ def explained(advice):
 
 def option(default, help, low=-math.inf, high=math.inf, choices=None):
     """A field of Config: default, help, closed range or choices."""
-    return dataclasses.field(default=default, metadata=locals())
+    limits = {"help": help, "low": low, "high": high, "choices": choices}
+    return dataclasses.field(default=default, metadata=limits)
 
 
 def flag(name):
@@ -724,12 +675,12 @@ class Config:
     learning_rate: float = option(1e-4, "peak", 0)
     critic_learning_rate: float = option(1e-4, "peak", 0)
     # prediction [7, 8, 9]
-    prediction: str = option("jvp", "form of v_G", choices=["jvp", "difference", "step"])
+    prediction: str = option("jvp", "how to find D_G", choices=["jvp", "difference", "solver"])
     delta_power: float = option(1.0, "delta = 1 - U(0, 1)^power; above 1: nearer to data", 0.1)
-    step_size: float = option(0.6, "longest interval h of the form step", 1e-4, 1)
-    step_count: int = option(2, "RK4 steps of the teacher in an interval", 1)
-    end_share: float = option(0.0, "share of the intervals that end at delta = 1", 0, 1)
-    ema_target: bool = option(False, "intervals start from the student's averaged weights")
+    solver_interval: float = option(0.6, "form solver: the longest interval h", 1e-4, 1)
+    solver_steps: int = option(2, "form solver: RK4 steps of the teacher in an interval", 1)
+    end_share: float = option(0.0, "form solver: share of intervals that end at delta = 1", 0, 1)
+    ema_target: bool = option(False, "form solver: jump by the student's averaged weights")
     decay: float = option(1.0, "k: D_G is divided by (||D_G||^2 / d + eps)^k", 0, 1)
     # correction [10, 11]
     correction_share: float = option(0.25, "of the batch; 0: predict only, 1: correct only", 0, 1)
@@ -765,16 +716,17 @@ class Config:
         if self.hidden_size % (4 * self.num_heads):
             raise UserError("--hidden-size: give a multiple of 4 x --num-heads", 2)
         if self.prediction == "difference" and self.precision == "bfloat16":
-            raise UserError("--prediction difference: bfloat16 rounds it away, give jvp or step", 2)
+            raise UserError("--prediction difference: bfloat16 rounds it away, give jvp", 2)
         if self.guidance > self.guidance_max:
             raise UserError(f"--guidance: the student is trained for 1 to {self.guidance_max}", 2)
 
 
 # Settings that may differ when a run continues, because they change its speed or what is measured.
 # (Micro-batches also change lambda, which each of them computes from its own rows.)
-FREE = {"recipe", "quick", "stage", "out", "debug", "data", "teacher", "trust_teacher", "guidance",
-        "learning_rate", "teacher_learning_rate", "critic_learning_rate", "device", "compile",
-        "micro_batch_size", "activation_checkpointing", "eval_samples", "samples", "classes"}
+MAY_CHANGE = {
+    "recipe", "quick", "stage", "out", "debug", "data", "teacher", "trust_teacher", "guidance",
+    "learning_rate", "teacher_learning_rate", "critic_learning_rate", "device", "compile",
+    "micro_batch_size", "activation_checkpointing", "eval_samples", "samples", "classes"}
 
 # What a data set needs. label_dropout of toys: they are measured without labels. If only one label
 # in ten were dropped, the model without labels would get a tenth of the training.
@@ -793,7 +745,7 @@ PRESETS = {
 }
 # Which algorithm: the paper's values where we know them, or ours, measured on small models only.
 RECIPES = {"paper": {"prediction": "jvp", "decay": 1.0, "alpha": 1.0},
-           "fast": {"prediction": "step", "decay": 0.5, "alpha": 0.3, "delta_power": 1.5,
+           "fast": {"prediction": "solver", "decay": 0.5, "alpha": 0.3, "delta_power": 1.5,
                     "end_share": 0.5, "ema_target": True, "correction_share": 0.125}}
 # How large: minutes on two cores. With alpha 1 and these learning rates digits are unstable.
 SMALL = {"hidden_size": 96, "depth": 4, "num_heads": 3, "patch_size": 4, "batch_size": 64,
@@ -829,13 +781,18 @@ def mean_over_processes(v):
     return v / WORLD
 
 
-def micro_batches(config, *sizes):
-    """Micro-batches of a process. Raises UserError if uneven: their mean is not the batch's."""
+def count_micro_batches(config, *sizes):
+    """Micro-batches of a process. sizes: rows to be split. Raises UserError if they would be of
+    unequal length: then the mean of their losses would not be the loss of the batch."""
     count = math.ceil(config.batch_size / WORLD / (config.micro_batch_size or config.batch_size))
     if any(size % (WORLD * count) for size in sizes):
         raise UserError(f"{' + '.join(map(str, sizes))} samples do not split evenly into {WORLD} "
                         f"processes x {count}: change --batch-size or --micro-batch-size", 2)
     return count
+
+
+def device_of(network):
+    return next(network.parameters()).device
 
 
 def make_distiller(start, config, teacher=None):
@@ -845,7 +802,7 @@ def make_distiller(start, config, teacher=None):
     if config.corrections == 0:
         critic = None
     distiller = Distiller(student, critic, teacher or start, config, mean_over_processes)
-    return distiller.to(start.pos_embed.device)
+    return distiller.to(device_of(start))
 
 
 class TrainState:
@@ -864,7 +821,7 @@ class TrainState:
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.parts = {**trained, "ema": self.ema, "optimizer": self.optimizer}  # of a checkpoint
         if config.ema_target:
-            module.average = FlowMap(self.ema)
+            module.ema_student = FlowMap(self.ema)
         for network in [*trained.values(), self.ema, getattr(module, "teacher", None)]:
             if isinstance(network, DiT):
                 network.activation_checkpointing = config.activation_checkpointing
@@ -910,7 +867,7 @@ def train(module, config, state=None):
     micro-batches. A step that is not finite is skipped; ten consecutive ones raise UserError.
     """
     state = state or TrainState(module, config)
-    device = next(module.network.parameters()).device
+    device = device_of(module.network)
     skipped = 0
     parallel = module
     if WORLD > 1:
@@ -919,15 +876,17 @@ def train(module, config, state=None):
         parallel = nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
     while state.step < config.steps:
         batch, sums = module.draw(state.step), []
-        count = micro_batches(config, *{len(v) for v in batch.values()})
+        count = count_micro_batches(config, *{len(v) for v in batch.values()})
         for i in range(count):
-            rows = slice(RANK * count + i, None, WORLD * count)  # delta is ordered: take strides
+            # delta is ordered, so take strides: process 1 of 2 with 3 micro-batches has in the last
+            # of them (i = 2) the rows 5, 11, 17, ...
+            rows = slice(RANK * count + i, None, WORLD * count)
             part = {name: v[rows].to(device) for name, v in batch.items()}
             waits = WORLD > 1 and i < count - 1  # gradients are exchanged once, with the last part
             with parallel.no_sync() if waits else contextlib.nullcontext():
                 with torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16"):
                     loss, metrics = parallel(**part)
-                (loss / count).backward()
+                (loss / count).backward()  # DDP then takes the mean over processes
             sums.append(torch.stack([loss.detach(), *metrics.values()]))
         loss, *means = mean_over_processes(torch.stack(sums).mean(0))
         is_updated = state.update(loss)
@@ -943,7 +902,7 @@ def train(module, config, state=None):
 
 # 7. Measures -------------------------------------------------------------------------------------
 
-SOLVER_STEPS = 32  # RK4 steps to the teacher's endpoints; large sets of samples take SET_STEPS
+ENDPOINT_STEPS = 32  # RK4 steps to the teacher's endpoints; large sets of samples take SET_STEPS
 SET_STEPS = 8
 
 
@@ -954,9 +913,9 @@ def in_batches(f, z, y, dim=0):
     return torch.cat([f(*part) for part in zip(z.split(rows), labels)], dim)
 
 
-def draw_noise(network, n, g=None):
-    """Noise for n samples, (n, C, H, W), drawn on the CPU: the same for all devices."""
-    return torch.randn(n, *network.shape, generator=g).to(network.pos_embed.device)
+def draw_noise(network, N, g=None):
+    """Noise for N samples, (N, C, H, W), drawn on the CPU: the same for all devices."""
+    return torch.randn(N, *network.shape, generator=g).to(device_of(network))
 
 
 @torch.no_grad()
@@ -965,9 +924,9 @@ def jump(student, z, y=None, guidance=None):
     return student.f(z, z.new_ones(1), y, guidance)
 
 
-def sample(student, n, y=None, guidance=None, generator=None):
-    """n one-step samples (n, C, H, W) by one evaluation. y, guidance: (n,), (1,) or None."""
-    return jump(student, draw_noise(student.network, n, generator), y, guidance)
+def sample(student, N, y=None, guidance=None, generator=None):
+    """N one-step samples (N, C, H, W) by one evaluation. y, guidance: (N,), (1,) or None."""
+    return jump(student, draw_noise(student.network, N, generator), y, guidance)
 
 
 @torch.no_grad()
@@ -977,10 +936,10 @@ def student_path(student, z, points, y=None, guidance=None):
     return torch.stack([student.f(z, delta, y, guidance) for delta in deltas])
 
 
-def search_noise(student, reward, n, y=None, guidance=None, generator=None, keep=1):
-    """The `keep` of n noises with the largest reward of samples, (n, C, H, W) -> (n,), best first:
+def search_noise(student, reward, N, y=None, guidance=None, generator=None, keep=1):
+    """The `keep` of N noises with the largest reward of samples, (N, C, H, W) -> (N,), best first:
     the paper's inference-time scaling. The teacher's sample of the best is nearly the same."""
-    z = draw_noise(student.network, n, generator)
+    z = draw_noise(student.network, N, generator)
     return z[reward(jump(student, z, y, guidance)).topk(keep).indices]
 
 
@@ -1002,10 +961,10 @@ def sliced_w2(a, b, count=128):
     return (a - b).square().mean().sqrt().item()
 
 
-def conditions(network, config, n):
-    """What n samples are conditioned on when measured: labels in turn (n,), or the null label (1,)
+def conditions(network, config, N):
+    """What N samples are conditioned on when measured: labels in turn (N,), or the null label (1,)
     if most of the training had it; guidance strength (1,), or None without guidance."""
-    y = torch.arange(n, device=network.pos_embed.device) % max(1, network.num_classes)
+    y = torch.arange(N, device=device_of(network)) % max(1, network.num_classes)
     if config.label_dropout > 0.5:
         y = torch.full_like(y[:1], network.num_classes)
     strength = torch.full((1,), config.guidance, device=y.device)
@@ -1014,11 +973,11 @@ def conditions(network, config, n):
 
 def endpoint_score(teacher, network, config):
     """A function of a student's network: its endpoint error on fixed noises."""
-    n = max(64, 2000 // math.prod(network.shape))
-    y, strength = conditions(network, config, n)
+    N = max(64, 2000 // math.prod(network.shape))
+    y, strength = conditions(network, config, N)
     u = guided(teacher, strength, config.guidance_interval)
-    z = draw_noise(network, n, generator(config.seed, EVALUATION, 0))
-    phi = in_batches(lambda z, y: solve_ode(u, z, SOLVER_STEPS, "rk4", y), z, y)
+    z = draw_noise(network, N, generator(config.seed, EVALUATION, 0))
+    phi = in_batches(lambda z, y: solve_ode(u, z, ENDPOINT_STEPS, "rk4", y), z, y)
     return lambda average: relative_error(jump(FlowMap(average), z, y, strength), phi)
 
 
@@ -1027,13 +986,14 @@ def evaluate(student, teacher, data, config, out, log):
     Endpoint error: from the student's sample to the end of the teacher's path, from the same noise.
     SW2: from the student's samples to the teacher's from other noises; its floor is that of two
     such sets of the teacher. With data also the SW2 to it, divided by that of two sets of data."""
-    n, network = config.eval_samples, student.network
-    y, strength = conditions(network, config, n)
+    N, network = config.eval_samples, student.network
+    y, strength = conditions(network, config, N)
     u = guided(teacher, strength, config.guidance_interval)
-    z, other = draw_noise(network, 2 * n, generator(config.seed, EVALUATION, 1)).chunk(2)
+    z, other = draw_noise(network, 2 * N, generator(config.seed, EVALUATION, 1)).chunk(2)
     few = slice(max(128, 2000 // math.prod(network.shape)))
-    path = in_batches(lambda z, y: solve_ode(u, z, SOLVER_STEPS, "rk4", y, True), z[few], y[few], 1)
-    jumps = in_batches(lambda z, y: student_path(student, z, SOLVER_STEPS, y, strength),
+    points = ENDPOINT_STEPS
+    path = in_batches(lambda z, y: solve_ode(u, z, points, "rk4", y, True), z[few], y[few], 1)
+    jumps = in_batches(lambda z, y: student_path(student, z, points, y, strength),
                        z[few], y[few], 1)
     errors = [relative_error(a, b, path[-1]) for a, b in zip(jumps, path)]
     sets = {"teacher": in_batches(lambda z, y: solve_ode(u, z, SET_STEPS, "rk4", y), z, y),
@@ -1041,14 +1001,14 @@ def evaluate(student, teacher, data, config, out, log):
     others = in_batches(lambda z, y: solve_ode(u, z, SET_STEPS, "rk4", y), other, y)
     floor = sliced_w2(sets["teacher"], others)
     distance = sliced_w2(sets["student"], others)
-    nfe = SOLVER_STEPS * 4 * (1 + config.is_guided)
+    nfe = ENDPOINT_STEPS * 4 * (1 + config.is_guided)
     print(f"endpoint error {errors[-1]:.4f} of the spread (0 is exact); SW2 {distance / floor:.3f} "
           f"times its floor (1 is the goal); 1 evaluation instead of {nfe}")
     metrics = {"endpoint_error": errors[-1], "sw2_ratio": distance / floor, "sw2_floor": floor,
                "teacher_nfe": nfe, "error_along_path": errors, "log": log,
                "config": dataclasses.asdict(config), "torch": str(torch.__version__)}
     if data is not None:
-        x, held_out = data.draw(2 * n, generator(config.seed, EVALUATION, 2))[0].to(z).chunk(2)
+        x, held_out = data.draw(2 * N, generator(config.seed, EVALUATION, 2))[0].to(z).chunk(2)
         sets = {"data": x, **sets}
         unit = sliced_w2(x, held_out)
         for name, x in sets.items():
@@ -1071,10 +1031,21 @@ def plane(x):
     return x.flatten(1).cpu().numpy().T
 
 
-def panels(n, view, width, rows=1):
-    """n square panels with one view, which holds nearly all of the points view (..., 2, 1, 1)."""
-    figure = Figure((width * n / rows, width * rows + 0.4), layout="constrained")
-    axes = figure.subplots(rows, n // rows, squeeze=False)
+def to_view(x, network):
+    """Samples as one looks at them, on the CPU: points in the data's coordinates, 3 channels."""
+    frame = [network.settings[name] for name in ("scale", "center")]
+    if frame[0] is not None:
+        scale, center = torch.tensor(frame, dtype=torch.float64)[..., None, None]
+        return x.cpu() * scale + center
+    if x.shape[1] > 3:
+        x = x[:, :3] / 2
+    return x.cpu()
+
+
+def panels(N, view, width, rows=1):
+    """N square panels with one view, which holds nearly all of the points view (..., 2, 1, 1)."""
+    figure = Figure((width * N / rows, width * rows + 0.4), layout="constrained")
+    axes = figure.subplots(rows, N // rows, squeeze=False)
     low, high = np.quantile(view.reshape(-1, 2).cpu().numpy(), [0.001, 0.999], axis=0)
     half = 0.575 * (high - low)
     half = np.where(half.max() < 5 * half, half.max(), half)  # one scale, if they are comparable
@@ -1172,7 +1143,7 @@ def animate_paths(teacher_path, student_path, frames=20):
 
 def save_pictures(network, metrics, sets, path, jumps, out):
     """All pictures of a run, from what evaluate measures."""
-    nfe = metrics["teacher_nfe"] * SET_STEPS // SOLVER_STEPS
+    nfe = metrics["teacher_nfe"] * SET_STEPS // ENDPOINT_STEPS
     titles = {"teacher": f"teacher, {nfe} evaluations", "student": "student, 1 evaluation"}
     several = max(40, 8000 // math.prod(network.shape))
     shown = {name: to_view(x[:several], network) for name, x in sets.items()}
@@ -1199,6 +1170,60 @@ def save(path, write):
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def load_points(path):
+    """The rows of an N x 2 array as narrow Gaussians without labels. They may lie anywhere and have
+    any scale: each coordinate is standardised, and samples are mapped back. Raises UserError."""
+    with explained(f"--toy {path}: give one of {', '.join(TOYS)}, or FILE.npy with N x 2 finite "
+                   "numbers that vary in both columns"):
+        points = np.load(path, allow_pickle=False).astype(np.float64)
+        scale = points.std(0)
+        if points.shape[1:] != (2,) or not ((scale > 0) & np.isfinite(scale)).all():
+            raise ValueError(f"shape {points.shape}, standard deviation {scale}")
+    means = torch.as_tensor((points - points.mean(0)) / scale, dtype=torch.float32)
+    labels = torch.zeros(len(means), dtype=torch.int64)
+    return GaussianMixture(means, 0.05, labels, 0, points.mean(0).tolist(), scale.tolist())
+
+
+def load_latents(path):
+    """Latents FILE.npy (N, C, S, S), which stay on the disk, and labels FILE_labels.npy (N,)."""
+    x = np.load(path, mmap_mode="r", allow_pickle=False)
+    y = np.load(path.removesuffix(".npy") + "_labels.npy", allow_pickle=False)
+    is_square = x.shape == (*y.shape, x.shape[1], x.shape[-1], x.shape[-1])
+    if not is_square or x.dtype.kind != "f" or y.dtype.kind not in "iu":
+        raise ValueError(f"{x.dtype} of shape {x.shape}, labels {y.dtype} of shape {y.shape}")
+    if x.shape[1] == 8:
+        raise ValueError("8 channels are means and deviations: give samples of the posterior")
+    spread = x[:: math.ceil(len(x) / 256)].astype(np.float32).std()
+    if not 0.4 < spread < 2.5:
+        raise ValueError(f"deviation {spread:.3g}, not 1: multiply by the VAE's scaling_factor")
+    classes, y = np.unique(y, return_inverse=True)
+    if RANK == 0:
+        print(f"{path}: {len(classes)} classes, here from 0 on: {classes[0]} to {classes[-1]}")
+    return ImageData(x, y, len(classes))
+
+
+def open_data(config):
+    """The data of a run; MNIST and CIFAR-10 are downloaded if need be. Raises UserError."""
+    if config.dataset == "toy2d":
+        return make_toy(config.toy) if config.toy in TOYS else load_points(config.toy)
+    if config.dataset == "imagenet":
+        with explained("imagenet needs a --teacher, or --data FILE.npy with latents N x C x S x S "
+                       "and their labels in FILE_labels.npy"):
+            return load_latents(config.data)
+    with explained(f"{config.dataset} is not in --data {config.data} and cannot be downloaded: go "
+                   "online, remove damaged files there, or give another folder"):
+        source = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}[config.dataset]
+        if RANK == 0:  # one process downloads, the others wait
+            source(config.data, download=True)
+        mean_over_processes(torch.zeros(1))
+        found = source(config.data)
+    x = torch.as_tensor(found.data).numpy()
+    x = x.reshape(len(found.targets), *x.shape[1:3], -1).transpose(0, 3, 1, 2)  # (N, C, H, W)
+    if config.dataset == "cifar10":  # and its mirror images
+        return ImageData(np.concatenate([x, x[..., ::-1]]), 2 * list(found.targets), 10)
+    return ImageData(x, found.targets, 10)
 
 
 def load_network(path, kind, device="cpu", **told):
@@ -1349,8 +1374,8 @@ def forwards_needed(module, config):
     if not isinstance(module, Distiller):
         return training * config.batch_size
     target = 2 + teacher
-    if config.prediction == "step":
-        target = 1 + 4 * config.step_count * teacher
+    if config.prediction == "solver":
+        target = 1 + 4 * config.solver_steps * teacher
     predict = (training + target) * (config.batch_size - config.corrections)
     return predict + (2 * training + teacher) * config.corrections
 
@@ -1365,7 +1390,7 @@ def summarise(recent, seconds, module, config):
     """A line of the log: means of the metrics of recent steps, and what these steps cost."""
     line = {name: torch.stack([m[name] for m in recent]).nanmean().item() for name in recent[0]}
     line["samples_per_second"] = config.batch_size * len(recent) / seconds
-    if module.network.pos_embed.is_cuda:
+    if device_of(module.network).type == "cuda":
         x = torch.zeros(1, *module.network.shape, device="cuda")
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             module.network(x, x.new_ones(1))
@@ -1431,7 +1456,7 @@ def make_parser():
 def claim_folder(config, **sources):
     """The folder of a run: --out, or the first of runs/toy2d, runs/toy2d-2, ... that is new or
     holds this run. sources: numbers that identify data and teacher. Raises UserError."""
-    mine = {name: v for name, v in dataclasses.asdict(config).items() if name not in FREE}
+    mine = {name: v for name, v in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
     mine = json.loads(json.dumps({**mine, **sources}))  # as it comes back from the file
     names = [config.dataset, *(f"{config.dataset}-{i}" for i in range(2, 10000))]
     for folder in [Path(config.out)] if config.out else [Path("runs", name) for name in names]:
@@ -1495,7 +1520,7 @@ def run_training(given):
     network = teacher or new_network(data, config).to(device)
     if config.exact_teacher and not getattr(data, "is_known", False):
         raise UserError("--exact-teacher: only toys have one, with 2000 points at most", 2)
-    micro_batches(config, config.batch_size - config.corrections, config.corrections)
+    count_micro_batches(config, config.batch_size - config.corrections, config.corrections)
     if config.dataset == "toy2d":  # more threads gain nothing on networks as small as these
         torch.set_num_threads(1)
     if config.precision == "bfloat16":  # fast products also of what stays float32
@@ -1531,21 +1556,21 @@ def run_stages(network, data, config, out):
 
 def run_sampling(given):
     """Draw samples of the student in --out, or of the newest run of the data set: samples.png, and
-    samples.npz in the layout of ADM's evaluation. arr_0 is pictures in uint8 (n, H, W, C), latents
-    (n, H, W, C), or points (n, 2); arr_1 is labels (n,). Every process computes its share."""
+    samples.npz in the layout of ADM's evaluation. arr_0 is pictures in uint8 (N, H, W, C), latents
+    (N, H, W, C), or points (N, 2); arr_1 is labels (N,). Every process computes its share."""
     dataset = given.pop("dataset", "toy2d")
     runs = sorted(Path("runs").glob(f"{dataset}*/student.pt"), key=os.path.getmtime)
     out = Path(given.get("out", [Path("runs", dataset, "student.pt"), *runs][-1].parent))
     network, file = load_network(out / "student.pt", "student", given.get("device", Config.device))
     config = Config(**{**file["config"], "seed": 0, "device": Config.device, **given})
-    n = config.samples
-    y, strength = conditions(network, config, n)
+    N = config.samples
+    y, strength = conditions(network, config, N)
     if config.classes:
         with explained(f"--classes: give labels below {network.num_classes}, such as 0,1"):
             labels = [range(network.num_classes).index(int(v)) for v in config.classes.split(",")]
-        y = torch.tensor(labels, device=y.device)[torch.arange(n) % len(labels)]
-    y = y.expand(n)
-    z = draw_noise(network, n, generator(config.seed, SAMPLING))
+        y = torch.tensor(labels, device=y.device)[torch.arange(N) % len(labels)]
+    y = y.expand(N)
+    z = draw_noise(network, N, generator(config.seed, SAMPLING))
     mine = slice(RANK, None, WORLD)  # the rows that this process computes
     x = torch.zeros_like(z)
     x[mine] = in_batches(lambda z, y: jump(FlowMap(network), z, y, strength), z[mine], y[mine])
@@ -1563,7 +1588,7 @@ def run_sampling(given):
     save(out / "samples.npz", lambda file: np.savez(file, rows.numpy(), y.cpu().numpy()))
     shown = to_view(x[: max(40, 8000 // math.prod(network.shape))], network)
     plot_samples({"student": shown}).savefig(out / "samples.png", dpi=110)
-    print(f"{n} samples of step {file['step']} of {config.steps}: samples.npz and .png in {out}")
+    print(f"{N} samples of step {file['step']} of {config.steps}: samples.npz and .png in {out}")
 
 
 def main(argv=None):

@@ -89,7 +89,18 @@ def gaussian_average(shift=0.0):
 
 
 # --- The method ----------------------------------------------------------------------------------
-FORMS = [("jvp", 0.1, 1e-9), ("difference", 1e-4, 1e-6), ("step", 1e-3, 1e-3)]
+FORMS = [("jvp", 0.1, 1e-9), ("difference", 1e-4, 1e-6), ("solver", 1e-3, 1e-3)]
+
+
+def prediction(student, u, z, delta, y=None, form="jvp", h=0.005):
+    """D_G by one of the forms."""
+    if form != "solver":
+        return fmd.prediction_gradient(student, u, z, delta, y, form=form, h=h)
+    distiller = fmd.Distiller(student.network, None, u, fmd.Config(solver_steps=1))
+    h = torch.as_tensor(h, dtype=z.dtype).expand(len(delta))
+    D_G, weight = distiller.solver_gradient(u, student.F(z, delta, y), z, delta, h, y, None)
+    assert_close(weight, h / delta)
+    return D_G
 
 
 @pytest.mark.parametrize("form, h, tolerance", FORMS)
@@ -99,7 +110,7 @@ def test_prediction_gradient_of_exact_and_of_shifted_maps(form, h, tolerance):
     slope = (delta * S**2 - (1 - delta)) / (delta**2 * S**2 + (1 - delta) ** 2)
     for b in 0.0, 0.3:
         student = fmd.FlowMap(gaussian_average(b))
-        D_G = fmd.prediction_gradient(student, gaussian(), z, delta, form=form, h=h)
+        D_G = prediction(student, gaussian(), z, delta, form=form, h=h)
         expected = column(b * (1 - slope * delta)).expand_as(z)
         assert_close(D_G, expected, atol=tolerance, rtol=tolerance)
 
@@ -107,8 +118,8 @@ def test_prediction_gradient_of_exact_and_of_shifted_maps(form, h, tolerance):
 def test_forms_of_the_prediction_converge_to_each_other():
     z, delta, y = noise(6, 2, 4, 4), times(6, 0.3, 0.7), torch.tensor([0, 1, 2, 3, 0, 1])
     student, teacher = fmd.FlowMap(small(1, **IMAGES)), small(2, **IMAGES)
-    D_G = functools.partial(fmd.prediction_gradient, student, teacher, z, y=y)
-    for form, order in ("difference", 2), ("step", 1):
+    D_G = functools.partial(prediction, student, teacher, z, y=y)
+    for form, order in ("difference", 2), ("solver", 1):
         gaps = [(D_G(delta, form=form, h=h) - D_G(delta)).norm().item() for h in (0.02, 0.01)]
         assert math.log2(gaps[0] / gaps[1]) == pytest.approx(order, abs=0.2)
         assert_close(D_G(delta, form=form, h=torch.full((6,), 0.1)), D_G(delta, form=form, h=0.1))
@@ -116,7 +127,7 @@ def test_forms_of_the_prediction_converge_to_each_other():
         one, each = delta[:1], D_G(delta[:1].repeat(6), form=form)
         assert_close(D_G(one, form=form), each)
         assert_close(D_G(one.expand(6), form=form), each)
-    with pytest.raises(ValueError, match="choose from jvp"):
+    with pytest.raises(ValueError, match="not jvp or difference"):
         D_G(delta, form="other")
 
 
@@ -192,10 +203,10 @@ def expected_step(distiller, b):
         z, y, delta, h, gamma = (b.get(k) for k in ("z_G", "y_G", "delta", "h", "guidance_G"))
         F, weight = network(z, 1 - delta, y, gamma), 1.0
         f = z + column(delta) * F
-        if c.prediction == "step":
-            x = (distiller.average or distiller.student).f(z, delta - h, y, gamma)
+        if c.prediction == "solver":
+            x = (distiller.ema_student or distiller.student).f(z, delta - h, y, gamma)
             end = fmd.solve_ode(lambda x, t, y: u(x, t, y, gamma, c.guidance_interval), x,
-                                c.step_count, "rk4", y, t=1 - delta + h, h=h)
+                                c.solver_steps, "rk4", y, t=1 - delta + h, length=h)
             D = (f - end) / column(h)
             weight = column(h / delta)  # with which the loss has the error of F itself
         else:
@@ -224,16 +235,16 @@ def expected_step(distiller, b):
 
 
 @pytest.mark.parametrize("rows", [(6, 5), (6, 0), (0, 5)], ids=["both", "predict", "correct"])
-@pytest.mark.parametrize("form, k", [("jvp", 1.0), ("difference", 0.0), ("step", 0.5)])
+@pytest.mark.parametrize("form, k", [("jvp", 1.0), ("difference", 0.0), ("solver", 0.5)])
 @pytest.mark.parametrize("is_guided", [False, True])
 def test_a_training_step_is_that_of_the_equations(form, k, is_guided, rows):
-    c = fmd.Config(prediction=form, decay=k, alpha=0.7, step_count=2, guidance_max=3.0,
+    c = fmd.Config(prediction=form, decay=k, alpha=0.7, solver_steps=2, guidance_max=3.0,
                    guidance_interval=(0.2, 0.6), correction_interval=(0.5, 0.8))
     teacher, network, critic, average = (
         small(seed, **IMAGES, guidance=is_guided and seed > 0) for seed in range(4))
     distiller = fmd.Distiller(network, critic if rows[1] else None, teacher, c,
                               lambda v: v * torch.tensor([3.0, 5.0]))
-    distiller.average = fmd.FlowMap(average) if is_guided else None
+    distiller.ema_student = fmd.FlowMap(average) if is_guided else None
     batch = {"delta": torch.linspace(0.05, 0.99, rows[0]).double(), "h": times(rows[0], 0.02, 0.04),
              "r": times(rows[1], seed=2), "n": noise(rows[1], 2, 4, 4, seed=3)}
     for s, count in zip("GN", rows):
@@ -253,7 +264,7 @@ def test_a_training_step_is_that_of_the_equations(form, k, is_guided, rows):
     assert all(p.grad is None for frozen in (teacher, average) for p in frozen.parameters())
 
 
-@pytest.mark.parametrize("form, share", [("jvp", 0), ("step", 0), ("jvp", 1)])
+@pytest.mark.parametrize("form, share", [("jvp", 0), ("solver", 0), ("jvp", 1)])
 def test_each_loss_alone_recovers_a_gaussian(form, share):
     c = fmd.Config(prediction=form, correction_share=share, decay=0.0, batch_size=128, steps=300,
                    learning_rate=0.003 if share else 0.01, critic_learning_rate=0.02, ema_decay=0.9)
@@ -281,7 +292,7 @@ def test_draws_are_pure_functions_of_seed_stream_and_step(monkeypatch):
 
 
 def test_the_students_draw_is_as_described():
-    c = fmd.Config(batch_size=4000, label_dropout=0.25, step_size=0.4, prediction="step",
+    c = fmd.Config(batch_size=4000, label_dropout=0.25, solver_interval=0.4, prediction="solver",
                    delta_power=1.5)
     module = fmd.Distiller(fmd.DiT(num_classes=5), None, None, c)
 
@@ -617,7 +628,7 @@ def test_updates_by_hand(monkeypatch):
         assert_close(found.flatten(), torch.stack([*w, average]), rtol=1e-4, atol=0)
         assert step == state.step == k and metrics["skipped"] == 0
         assert state.ema.weight.grad_fn is None  # it holds on to no graph
-    assert step == 12 and module.average.network is state.ema
+    assert step == 12 and module.ema_student.network is state.ema
 
 
 def test_a_network_of_ones_own_is_distilled():
@@ -654,7 +665,7 @@ def test_steps_that_are_not_finite_are_skipped_and_ten_in_a_row_end_training(of_
             assert state.ema.weight.isfinite().all()
     kept = [a == b for a, b in itertools.pairwise(weights)]
     assert skipped == kept == [k in bad for k in range(22)]
-    assert module.network.weight.item() == weights[-1] and not hasattr(module, "average")
+    assert module.network.weight.item() == weights[-1] and not hasattr(module, "ema_student")
 
 
 def start():
@@ -670,7 +681,7 @@ def some_steps(loss, **settings):
         data = argparse.Namespace(num_classes=3, draw=lambda n, g: points)
         module = fmd.FlowMatching(start().requires_grad_(), data, c)
     else:
-        c = dataclasses.replace(c, prediction=loss, step_count=1, guidance_max=3.0)
+        c = dataclasses.replace(c, prediction=loss, solver_steps=1, guidance_max=3.0)
         module = fmd.make_distiller(start(), c)
         module.mean = lambda v: torch.tensor([2.0, 5.0])  # lambda held fixed
     state, found, seen = fmd.TrainState(module, c), [], []
@@ -689,7 +700,7 @@ def some_steps(loss, **settings):
 
 CHANGES = [("micro_batch_size", 4, 1e-4), ("activation_checkpointing", True, 1e-6),
            ("compile", True, 1e-5), ("precision", "bfloat16", 0.05)]
-LOSSES = ["step", "jvp", "difference", "teacher"]
+LOSSES = ["solver", "jvp", "difference", "teacher"]
 CASES = [(loss, *change) for loss in LOSSES for change in CHANGES
          if (loss, change[0]) != ("difference", "precision")]  # refused
 
@@ -715,9 +726,9 @@ def test_how_a_step_is_computed_changes_rounding_only(loss, change, value, toler
 
 def test_batches_that_cannot_be_split_evenly_are_refused():
     c = fmd.Config(batch_size=256, micro_batch_size=52)
-    assert fmd.micro_batches(c, 250, 5) == 5
+    assert fmd.count_micro_batches(c, 250, 5) == 5
     with pytest.raises(fmd.UserError, match="192 . 64 samples.*1 processes x 5") as e:
-        fmd.micro_batches(c, 192, 64)
+        fmd.count_micro_batches(c, 192, 64)
     assert e.value.args[1] == 2
 
 
@@ -725,7 +736,7 @@ def test_batches_that_cannot_be_split_evenly_are_refused():
 @pytest.mark.parametrize("strength", [1.0, 3.0])
 @pytest.mark.parametrize("recomputes", [False, True])
 def test_forwards_needed_are_those_that_a_step_makes(loss, strength, recomputes):
-    c = fmd.Config(batch_size=16, steps=1, guidance_max=strength, step_count=3,
+    c = fmd.Config(batch_size=16, steps=1, guidance_max=strength, solver_steps=3,
                    activation_checkpointing=recomputes)
     module = fmd.FlowMatching(fmd.DiT(), fmd.make_toy("gaussians"), c)
     if loss != "teacher":
@@ -844,7 +855,7 @@ def test_the_default_command_end_to_end(finished, capsys):
     metrics = json.loads((finished / "metrics.json").read_text())
     assert metrics["error_along_path"][0] == 0
     assert metrics["error_along_path"][-1] == metrics["endpoint_error"] > 0
-    assert metrics["config"]["prediction"] == "step" and metrics["config"]["steps"] == 8
+    assert metrics["config"]["prediction"] == "solver" and metrics["config"]["steps"] == 8
     assert metrics["data"]["outside"] < 0.05 and metrics["data"]["SW2 to data"] == 1
     # the numbers again, from the files
     teacher = fmd.load_teacher(finished / "teacher.pt")
