@@ -792,6 +792,7 @@ def count_micro_batches(config, *sizes):
 
 
 def device_of(network):
+    """The device of a network's weights."""
     return next(network.parameters()).device
 
 
@@ -1435,8 +1436,6 @@ def run_stage(kind, module, config, out, score=None):
                             f"command continues: {shlex.join(launcher + sys.argv)}")
     on_interrupt(signal.default_int_handler)
     return state.ema, state.log
-
-
 
 
 def make_parser():
