@@ -167,7 +167,7 @@ def test_solver_has_its_order_and_number_of_evaluations(method, order, nfe):
 def test_guidance_is_linear_inside_its_interval_and_one_call():
     network, calls = small(), []
     network.register_forward_hook(lambda _, inputs, out: calls.append(len(inputs[0])))
-    x, t = noise(6, 2, 1, 1), torch.tensor([0.0, 0.2, 0.5, 0.7, 0.71, 1.0]).double()
+    x, t = noise(6, 2, 1, 1), torch.from_numpy(np.array([0.0, 0.2, 0.5, 0.7, 0.71, 1.0]))
     y, gamma = torch.tensor([0, 1, 2, 0, 1, 3]), torch.tensor([2.0, 3, 4, 5, 6, 7]).double()
     label, null = network(x, t, y), network(x, t)
     g = column(torch.tensor([1.0, 3, 4, 5, 1, 1]).double())
