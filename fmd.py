@@ -704,13 +704,15 @@ class Config:
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
-            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
-            numbers = [v for v in np.atleast_1d(value).tolist() if not isinstance(v, str)]
-            is_in_range = all(low <= v <= high and math.isfinite(v) for v in numbers)
-            if not is_in_range or numbers != sorted(numbers):  # of intervals the lower end first
-                raise UserError(f"{flag(f.name)} {value}: give numbers from {low} to {high}", 2)
-            if value not in (f.metadata["choices"] or [value]):
-                raise UserError(f"{flag(f.name)} {value}: give {f.metadata['choices']}", 2)
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            if choices and value not in choices:
+                raise UserError(f"{flag(f.name)} {value}: give one of {choices}", 2)
+            if f.type is not str:
+                numbers = list(value) if f.type is tuple else [value]
+                low, high = f.metadata["low"], f.metadata["high"]
+                is_in_range = all(low <= v <= high and math.isfinite(v) for v in numbers)
+                if not is_in_range or numbers != sorted(numbers):  # intervals: the lower end first
+                    raise UserError(f"{flag(f.name)} {value}: give numbers from {low} to {high}", 2)
         self.corrections = round(self.batch_size * self.correction_share)  # rows that correct
         self.is_guided = self.guidance_max > 1  # then the strength is an input of the student
         if self.hidden_size % (4 * self.num_heads):
@@ -728,8 +730,11 @@ MAY_CHANGE = {
     "learning_rate", "teacher_learning_rate", "critic_learning_rate", "device", "compile",
     "micro_batch_size", "activation_checkpointing", "eval_samples", "samples", "classes"}
 
-# What a data set needs. label_dropout of toys: they are measured without labels. If only one label
-# in ten were dropped, the model without labels would get a tenth of the training.
+# The defaults of Config, then PRESETS (what a data set needs), RECIPES (which algorithm), QUICK (how
+# large), then flags: a later one wins. So alpha is 0.3 in --dataset mnist --quick, and 1 without.
+#
+# label_dropout of toys: they are measured without labels. If only one label in ten were dropped, the
+# model without labels would get a tenth of the training.
 PICTURES = {"patch_size": 2, "hidden_size": 384, "depth": 12, "num_heads": 6, "ema_decay": 0.999,
             "guidance_max": 4.0, "guidance": 2.0, "correction_interval": (0.0, 0.7),
             "eval_samples": 5000}
@@ -743,11 +748,11 @@ PRESETS = {
                  "teacher_learning_rate": 1e-4, "guidance_max": 3.0, "guidance": 1.4,
                  "ema_decay": 0.9999, "eval_samples": 2000},
 }
-# Which algorithm: the paper's values where we know them, or ours, measured on small models only.
+# The paper's values where we know them, or ours, which were measured on small models only.
 RECIPES = {"paper": {"prediction": "jvp", "decay": 1.0, "alpha": 1.0},
            "fast": {"prediction": "solver", "decay": 0.5, "alpha": 0.3, "delta_power": 1.5,
                     "end_share": 0.5, "ema_target": True, "correction_share": 0.125}}
-# How large: minutes on two cores. With alpha 1 and these learning rates digits are unstable.
+# Minutes on two cores. With alpha 1 and these learning rates digits are unstable.
 SMALL = {"hidden_size": 96, "depth": 4, "num_heads": 3, "patch_size": 4, "batch_size": 64,
          "teacher_steps": 2500, "teacher_learning_rate": 2e-3, "steps": 2000, "eval_samples": 500,
          "learning_rate": 2e-3, "critic_learning_rate": 2e-3, "ema_decay": 0.995, "alpha": 0.3}
@@ -1402,8 +1407,9 @@ def summarise(recent, seconds, module, config):
 
 
 def run_stage(kind, module, config, out, score=None):
-    """Train, from the checkpoint out/<kind>.pt if it is there. score(network) -> endpoint error.
-    Returns the averaged network and the log. Interrupts save, and raise UserError."""
+    """Train, from the checkpoint out/<kind>.pt if it is there: on a CPU to the same bits as without
+    a break. score(network) -> endpoint error. Returns the averaged network and the log. Interrupts
+    save, and raise UserError."""
     path, state = out / f"{kind}.pt", TrainState(module, config)
     if path.exists():
         with explained(f"{path} cannot be continued: give another --out"):
