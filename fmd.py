@@ -730,11 +730,11 @@ MAY_CHANGE = {
     "learning_rate", "teacher_learning_rate", "critic_learning_rate", "device", "compile",
     "micro_batch_size", "activation_checkpointing", "eval_samples", "samples", "classes"}
 
-# The defaults of Config, then PRESETS (what a data set needs), RECIPES (which algorithm), QUICK (how
-# large), then flags: a later one wins. So alpha is 0.3 in --dataset mnist --quick, and 1 without.
+# The defaults of Config, then PRESETS (what a data set needs), RECIPES (which algorithm), QUICK
+# (how large), then flags: a later one wins. So --dataset mnist has alpha 1, with --quick 0.3.
 #
-# label_dropout of toys: they are measured without labels. If only one label in ten were dropped, the
-# model without labels would get a tenth of the training.
+# label_dropout of toys: they are measured without labels. If only one label in ten were dropped,
+# the model without labels would get a tenth of the training.
 PICTURES = {"patch_size": 2, "hidden_size": 384, "depth": 12, "num_heads": 6, "ema_decay": 0.999,
             "guidance_max": 4.0, "guidance": 2.0, "correction_interval": (0.0, 0.7),
             "eval_samples": 5000}
