@@ -87,7 +87,8 @@ class FlowMap:
         self.network = network
 
     def F(self, z, delta, y=None, guidance=None):
-        """Average velocity F(z, delta), (B, C, H, W). delta: (B,) or (1,) in [0, 1]."""
+        """Average velocity F(z, delta), (B, C, H, W). delta: (B,) or (1,) in [0, 1]. The network
+        always gets the noise z; its time only says how far the jump goes."""
         return self.network(z, 1 - delta, y, guidance)
 
     def f(self, z, delta, y=None, guidance=None):
@@ -181,9 +182,10 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
         raise ValueError(f"prediction_gradient: {form} is not jvp or difference")
     # Why u is evaluated at f: the ODE says df/ddelta = u(f, 1 - delta), and to know f takes no data
     # and no solver. The price: while f is wrong, u is evaluated at a wrong place, and errors
-    # compound. Let L(delta) be the rate at which u drives neighbouring states apart: positive
-    # between modes, negative inside of one. Then at delta = 1
-    #     ||f - phi|| <= integral over delta of ||D_G(delta)|| exp(integral of L from delta to 1)
+    # compound. Let L(s) be the rate at which u drives neighbouring states apart at progress s:
+    # positive between modes, negative inside of one. An error made at delta grows until the end by
+    # exp(integral of L(s) from delta to 1). So at delta = 1 (Gronwall's inequality)
+    #     ||f - phi|| <= integral over delta of ||D_G(delta)|| exp(integral of L(s) from delta to 1)
     f = z + expand(delta) * F
     return F + expand(delta) * dF - u(f, 1 - delta, y)  # [7] as a residual: D_G of [9]
 
@@ -192,10 +194,11 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
 def correction_gradient(v_N, u, x_r, r, y=None):
     """Correct: D_N = v_N - u(x_r, r) [11]. Returns a constant (B, C, H, W).
 
-    v_N = E[x - n | x_r] for the student's samples x, noised: x_r = (1 - r) x + r n. With D_N held
-    constant, F(z, 1)^T D_N has the gradient of KL(student's x_r || teacher's x_r) [10], up to the
-    weight (1 - r)^2 / r. One factor: score = ((1 - r) u - x_r) / r, so the scores of student and
-    teacher differ by (1 - r) / r D_N. The other: x_r changes by 1 - r times the change of F.
+    v_N = E[x - n | x_r] for the student's samples x, noised: x_r = (1 - r) x + r n. The gradient
+    [10] of KL(student's x_r || teacher's x_r) is E[(dx_r/dtheta)^T (difference of the scores)].
+    Here score = ((1 - r) u - x_r) / r, so the scores differ by (1 - r) / r D_N. And dx_r/dtheta is
+    (1 - r) dF/dtheta. So F(z, 1)^T D_N, with D_N constant, has this gradient up to the weight
+    (1 - r)^2 / r, which is left out.
 
     Why D_N is not zero even for a perfect student, if u is guided or learned: guidance mixes the
     velocities of two distributions, and training leaves errors. The ODE of such a u still generates
@@ -214,7 +217,8 @@ def decay(D, k):
     dominate it. With k = 1/2 all samples pull equally. With k = 1 large residuals are damped. Where
     residuals are large the losses disagree: prediction pulls a sample to where the teacher's path
     from its noise ends, correction to a mode that is near. So k hardly matters without correction:
-    the paper's FID (DiT-B/2) is 12 for any k. With it FID is 43.5, 10.6, 5.6 for k = 0, 1/2, 1.
+    the paper's FID (DiT-B/2) is 12 for any k. With correction FID is 43.5, 10.6, 5.6 for k = 0,
+    1/2, 1: at k = 0 the correction does harm, at k = 1 it halves the FID.
     """
     return D / expand((mean_square(D) + EPS) ** k)
 
@@ -239,9 +243,13 @@ class Distiller(nn.Module):
     teacher: u(x, t, y), never changed; config: see Config; mean: averages a tensor over processes.
 
     Both networks start as copies of the teacher. For the student see FlowMap. The critic's goal is
-    near u once the student is right, so it starts there and learns the difference. The correction
-    has its own guidance interval, because a guided u is not the velocity of any noised samples. The
-    paper found it by experiment: FID (DiT-B/2) is 5.6 with [0, 0.7] and 8.7 with [0, 1].
+    near u once the student is right, so it starts there and learns the difference. Each loss is a
+    mean over its own rows: alpha weighs them, correction_share does not.
+
+    The correction has its own guidance interval; for r outside of it u is not guided, although
+    student and critic still get the strength. A guided u is not the velocity of any noised samples.
+    Why to stop at 0.7 the paper found by experiment: FID (DiT-B/2) is 5.6 with [0, 0.7] and 8.7
+    with [0, 1].
     """
 
     def __init__(self, network, critic, teacher, config, mean=lambda v: v):
@@ -267,7 +275,7 @@ class Distiller(nn.Module):
             metrics["prediction"] = mean_square(D_G).mean()
             # Why F * sg(D): its gradient is (dF/dtheta)^T D, that of 1/2 ||F - sg(F - D)||^2 [8].
             # The value of this loss means nothing; watch ||D_G||^2, above, and endpoint_error.
-            loss = loss + (F * decay(expand(weight) * D_G, config.decay)).mean()  # [9]
+            loss = loss + (F * decay(expand(weight) * D_G, config.decay)).mean()  # [8], by [9]
         if len(z_N):  # Correct, at delta = 1, where samples are: the paper found no gain elsewhere
             u = guided(self.teacher, guidance_N, config.correction_interval)
             F = student.F(z_N, torch.ones_like(r), y_N, guidance_N)
@@ -279,8 +287,8 @@ class Distiller(nn.Module):
             critic_loss = (v_N - (x - n)).square().mean()
             D_N = correction_gradient(v_N, u, x_r, r, y_N)  # a constant also for the critic
             if len(z_G):
-                # Why lambda: the sizes of D_G and D_N differ and change. ||D_G|| before its decay
-                # makes the correction fade as the prediction succeeds.
+                # Why lambda: the sizes of D_G and D_N differ and change. ||D_G||, here without
+                # decay and weight, makes the correction fade as the prediction succeeds.
                 norms = torch.stack([mean_square(D).sqrt().mean() for D in (D_G, D_N)])
                 norm_G, norm_N = self.mean(norms)
                 lambda_ = config.alpha * norm_G / (norm_N + EPS)
@@ -298,7 +306,8 @@ class Distiller(nn.Module):
 
         The student jumps from z to delta - h, the start of an interval. From there the teacher's
         ODE is solved up to delta, in a few RK4 steps. f(z, delta) is compared with where that ends:
-        D_G = (f - end) / h, which is that of [9] as h -> 0. Returns D_G and the weight h / delta,
+        D_G = (f - end) / h. As h -> 0 this is [9], if the jump is by the student's own weights;
+        with averaged ones (ema_target) h must not be small. Returns D_G and the weight h / delta,
         (B,). Their product is the error of F itself, (f - end) / delta, which the loss takes.
         """
         start = (self.ema_student or self.student).f(z, delta - h, y, guidance)
@@ -312,8 +321,9 @@ class Distiller(nn.Module):
         correct = config.corrections  # rows that correct
         predict = config.batch_size - correct
         batch = {**self.draw_prior(predict, "_G", g), **self.draw_prior(correct, "_N", g)}
-        # The form solver compares states, so rows at delta = 1 train the sample itself: in recipe
-        # fast half of them. The others compare velocities, and need all delta up to there.
+        # Form solver: a row at delta = 1 trains the sample itself, since states are compared; in
+        # recipe fast half of the rows lie there. The other forms compare velocities. A row at
+        # delta = 1 cannot mend errors from before it, so their rows cover all delta.
         ends = round(config.end_share * predict) if config.prediction == "solver" else 0
         # delta = 1 - U^power, with one U in each of equal parts of (0, 1): all of the path.
         parts = torch.arange(predict - ends) + torch.rand(predict - ends, generator=g)
@@ -748,7 +758,8 @@ PRESETS = {
                  "teacher_learning_rate": 1e-4, "guidance_max": 3.0, "guidance": 1.4,
                  "ema_decay": 0.9999, "eval_samples": 2000},
 }
-# The paper's values where we know them, or ours, which were measured on small models only.
+# The paper's values where we know them (also correction_share, r_location, correction_interval), or
+# ours, which were measured on small models only.
 RECIPES = {"paper": {"prediction": "jvp", "decay": 1.0, "alpha": 1.0},
            "fast": {"prediction": "solver", "decay": 0.5, "alpha": 0.3, "delta_power": 1.5,
                     "end_share": 0.5, "ema_target": True, "correction_share": 0.125}}
@@ -822,7 +833,7 @@ class TrainState:
         self.ema = copy.deepcopy(module.network).requires_grad_(False)
         trained = {"model": module.network, "critic": getattr(module, "critic", None)}
         trained = {name: network for name, network in trained.items() if network is not None}
-        self.peaks = [config.learning_rate, config.critic_learning_rate]
+        self.peaks = [config.learning_rate, config.critic_learning_rate]  # teacher's: run_stages
         groups = [{"params": list(network.parameters())} for network in trained.values()]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.parts = {**trained, "ema": self.ema, "optimizer": self.optimizer}  # of a checkpoint
@@ -854,7 +865,9 @@ class TrainState:
         return is_finite
 
     def keep(self, path):
-        """Write a checkpoint, and the log beside it. Process 0 does so."""
+        """Process 0 writes a checkpoint, and the log beside it. Not in it: states of random
+        generators, since draw(step) depends on seed and step only; data; the teacher, a file of its
+        own. After a kill up to CHECKPOINT_INTERVAL steps are computed again."""
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         checkpoint = {"kind": path.stem, "config": dataclasses.asdict(self.config), "log": self.log,
                       "network": self.ema.settings, "step": self.step, **parts}
