@@ -494,11 +494,12 @@ class DiT(nn.Module):
         self.shape, self.num_classes = (C, input_size, input_size), num_classes
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(C, E, p, stride=p)})
         self.fourier_embedder = nn.Linear(6 * C * p * p, E) if fourier else None
+        # Where a token lies: sines and cosines of its column in one half, of its row in the other.
         side = torch.arange(input_size // p, dtype=torch.float64)
         angle = side[:, None] * 10000 ** (-4 * torch.arange(E // 4, dtype=torch.float64) / E)
-        line = torch.cat([angle.sin(), angle.cos()], 1)  # (side, E / 2)
-        place = [line.repeat(len(side), 1), line.repeat_interleave(len(side), 0)]  # column, row
-        self.register_buffer("pos_embed", torch.cat(place, 1)[None].float())  # (1, T, E)
+        waves = torch.cat([angle.sin(), angle.cos()], 1)  # (side, E / 2)
+        columns, rows = waves.repeat(len(side), 1), waves.repeat_interleave(len(side), 0)
+        self.register_buffer("pos_embed", torch.cat([columns, rows], 1)[None].float())  # (1, T, E)
         self.t_embedder = Embedder(E)
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, E)})
         self.guidance_embedder = Embedder(E) if guidance else None
@@ -764,8 +765,8 @@ RECIPES = {"paper": {"prediction": "jvp", "decay": 1.0, "alpha": 1.0},
            "fast": {"prediction": "solver", "decay": 0.5, "alpha": 0.3, "delta_power": 1.5,
                     "end_share": 0.5, "ema_target": True, "correction_share": 0.125}}
 # Minutes on two cores. With alpha 1 and these learning rates digits are unstable.
-SMALL = {"hidden_size": 96, "depth": 4, "num_heads": 3, "patch_size": 4, "batch_size": 64,
-         "teacher_steps": 2500, "teacher_learning_rate": 2e-3, "steps": 2000, "eval_samples": 500,
+SMALL = {"hidden_size": 96, "depth": 4, "num_heads": 3, "patch_size": 4, "batch_size": 32,
+         "teacher_steps": 5000, "teacher_learning_rate": 2e-3, "steps": 4000, "eval_samples": 500,
          "learning_rate": 2e-3, "critic_learning_rate": 2e-3, "ema_decay": 0.995, "alpha": 0.3}
 QUICK = {"toy2d": {"teacher_steps": 300, "steps": 300},
          "mnist": SMALL, "cifar10": SMALL, "imagenet": {}}
@@ -1529,7 +1530,7 @@ def run_training(given):
         device = torch.zeros(1, device=given.get("device", Config.device)).device
     if given.get("teacher"):
         teacher = open_teacher(given, device)
-        sources["teacher"] = teacher.final_layer.linear.weight.double().sum().item()
+        sources["teacher"] = teacher.final_layer.linear.weight.cpu().double().sum().item()
     config = make_config(**given)
     if teacher is None or config.dataset == "toy2d":
         data = open_data(config)
