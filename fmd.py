@@ -670,6 +670,7 @@ class Config:
     teacher_format: str = option("", "of a file that may be either", choices=["", "sit", "repa"])
     trust_teacher: bool = option(False, "distill a teacher whose samples do not look like data")
     exact_teacher: bool = option(False, "distill the exact velocity of a toy")
+    student: str = option("", "train this student.pt on, instead of a copy of the teacher")
     # network: teacher, student and critic
     hidden_size: int = option(48, "width", 8)
     depth: int = option(3, "number of blocks", 1)
@@ -737,9 +738,10 @@ class Config:
 # Settings that may differ when a run continues, because they change its speed or what is measured.
 # (Micro-batches also change lambda, which each of them computes from its own rows.)
 MAY_CHANGE = {
-    "recipe", "quick", "stage", "out", "debug", "data", "teacher", "trust_teacher", "guidance",
-    "learning_rate", "teacher_learning_rate", "critic_learning_rate", "device", "compile",
-    "micro_batch_size", "activation_checkpointing", "eval_samples", "samples", "classes"}
+    "recipe", "quick", "stage", "out", "debug", "data", "teacher", "student", "trust_teacher",
+    "guidance", "learning_rate", "teacher_learning_rate", "critic_learning_rate", "device",
+    "compile", "micro_batch_size", "activation_checkpointing", "eval_samples", "samples",
+    "classes"}
 
 # The defaults of Config, then PRESETS (what a data set needs), RECIPES (which algorithm), QUICK
 # (how large), then flags: a later one wins. So --dataset mnist has alpha 1, with --quick 0.3.
@@ -813,12 +815,11 @@ def device_of(network):
     return next(network.parameters()).device
 
 
-def make_distiller(start, config, teacher=None):
+def make_distiller(start, config, teacher=None, student=None):
     """A Distiller whose student and critic start as copies of the network `start`, which is also
-    its teacher unless another is given."""
-    student, critic = (DiT.from_teacher(start, config.is_guided) for _ in range(2))
-    if config.corrections == 0:
-        critic = None
+    its teacher. teacher: another one; student: the network of another student to start from."""
+    student = DiT.from_teacher(student or start, config.is_guided)
+    critic = DiT.from_teacher(start, config.is_guided) if config.corrections else None
     distiller = Distiller(student, critic, teacher or start, config, mean_over_processes)
     return distiller.to(device_of(start))
 
@@ -1525,12 +1526,16 @@ def open_teacher(given, device):
 
 def run_training(given):
     """Train a teacher, distill it, compare the two. What cannot work is refused before."""
-    teacher, data, sources = None, None, {}
+    teacher, student, data, sources = None, None, None, {}
+
+    def fingerprint(network):
+        return network.final_layer.linear.weight.cpu().double().sum().item()
+
     with explained("--device: this machine does not have it, give cpu"):
         device = torch.zeros(1, device=given.get("device", Config.device)).device
     if given.get("teacher"):
         teacher = open_teacher(given, device)
-        sources["teacher"] = teacher.final_layer.linear.weight.cpu().double().sum().item()
+        sources["teacher"] = fingerprint(teacher)
     config = make_config(**given)
     if teacher is None or config.dataset == "toy2d":
         data = open_data(config)
@@ -1539,6 +1544,11 @@ def run_training(given):
     network = teacher or new_network(data, config).to(device)
     if config.exact_teacher and not getattr(data, "is_known", False):
         raise UserError("--exact-teacher: only toys have one, with 2000 points at most", 2)
+    if config.student:
+        student = load_student(config.student, device).network
+        sources["student"] = fingerprint(student)
+        if not teacher or student.settings != {**teacher.settings, "guidance": config.is_guided}:
+            raise UserError("--student: give the --teacher of this student, and its guidance", 2)
     count_micro_batches(config, config.batch_size - config.corrections, config.corrections)
     if config.dataset == "toy2d":  # more threads gain nothing on networks as small as these
         torch.set_num_threads(1)
@@ -1554,11 +1564,12 @@ def run_training(given):
 
             if RANK == 0:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        run_stages(network, data, config, out[0])
+        run_stages(network, student, data, config, out[0])
 
 
-def run_stages(network, data, config, out):
-    """The stages of a run in their folder. network: the teacher, or one to be trained."""
+def run_stages(network, student, data, config, out):
+    """The stages of a run in their folder. network: the teacher, or one to be trained. student:
+    None, or the network of one to start from."""
     log = []
     if not config.teacher:
         first = dataclasses.replace(config, steps=config.teacher_steps,
@@ -1566,7 +1577,7 @@ def run_stages(network, data, config, out):
         network, log = run_stage("teacher", FlowMatching(network, data, first), first, out)
     if config.stage == "all":
         exact = copy.deepcopy(data) if config.exact_teacher else None  # data stays on the CPU
-        distiller = make_distiller(network, config, exact)
+        distiller = make_distiller(network, config, exact, student)
         score = endpoint_score(distiller.teacher, network, config)
         student, more = run_stage("student", distiller, config, out, score)
         if RANK == 0:

@@ -908,6 +908,24 @@ def test_the_folder_is_the_run(finished, tmp_path, monkeypatch, capsys):
     assert "--depth 2" in line
 
 
+def test_a_student_is_trained_on(finished, tmp_path, capsys):
+    sources = ["--teacher", finished / "teacher.pt", "--student", finished / "student.pt"]
+    flags = [*sources, "--out", tmp_path / "on", *TINY[4:6], *TINY[10:]]
+    run(*flags, "--steps", "1", "--learning-rate", "0")
+    first, on = (torch.load(folder / "student.pt", weights_only=True)
+                 for folder in (finished, tmp_path / "on"))
+    assert all(torch.equal(v, first["ema"][name]) for name, v in on["model"].items())
+    start = fmd.load_teacher(finished / "teacher.pt").state_dict()
+    name = "t_embedder.mlp.0.weight"  # the critic starts as the teacher
+    assert relative(on["critic"][name], start[name]) < 0.003
+    assert relative(first["critic"][name], start[name]) > 0.006
+    other = ["--teacher", finished / "teacher.pt", "--out", tmp_path / "on", "--steps", "1"]
+    assert "--student" in run(*other, *TINY[4:6], *TINY[10:], status=2, capsys=capsys)
+    for wrong in (sources[2:], [*sources, "--guidance-max", "2"]):
+        line = run(*wrong, "--out", tmp_path / "no", status=2, capsys=capsys)
+        assert "--teacher of this student" in line and not (tmp_path / "no").exists()
+
+
 @pytest.mark.parametrize("moment", ["FlowMatching", "Distiller"])
 def test_an_interrupted_run_continues_to_the_same_bits(
         moment, finished, tmp_path, monkeypatch, capsys):
