@@ -259,7 +259,7 @@ class Distiller(nn.Module):
         self.student = FlowMap(network)
         self.ema_student = None  # with ema_target: a FlowMap with averaged weights
 
-    def forward(self, z_G, y_G, delta, h, z_N, y_N, r, n, guidance_G=None, guidance_N=None):
+    def forward(self, z_G, y_G, delta, z_N, y_N, r, n, guidance_G=None, guidance_N=None, h=None):
         """Rows _G (generating) predict, rows _N (noising) correct. Returns loss and metrics."""
         config, student, metrics = self.config, self.student, {}
         loss, lambda_ = 0.0, config.alpha
@@ -271,7 +271,7 @@ class Distiller(nn.Module):
             else:
                 weight = torch.ones_like(delta)
                 D_G = prediction_gradient(student, u, z_G, delta, y_G, guidance_G,
-                                          config.prediction, h, F)
+                                          config.prediction, F=F)
             metrics["prediction"] = mean_square(D_G).mean()
             # Why F * sg(D): its gradient is (dF/dtheta)^T D, that of 1/2 ||F - sg(F - D)||^2 [8].
             # The value of this loss means nothing; watch ||D_G||^2, above, and endpoint_error.
@@ -329,7 +329,6 @@ class Distiller(nn.Module):
         parts = torch.arange(predict - ends) + torch.rand(predict - ends, generator=g)
         delta = 1 - (parts / max(1, predict - ends)) ** config.delta_power
         batch["delta"] = torch.cat([delta.clamp(min=1e-3), torch.ones(ends)])  # solver divides
-        batch["h"] = torch.full((predict,), 0.005)  # of the form difference
         if config.prediction == "solver":
             longest = config.solver_interval * (0.5 + 0.5 * torch.rand(predict, generator=g))
             batch["h"] = torch.minimum(longest, batch["delta"])
@@ -1526,29 +1525,25 @@ def open_teacher(given, device):
 
 def run_training(given):
     """Train a teacher, distill it, compare the two. What cannot work is refused before."""
-    teacher, student, data, sources = None, None, None, {}
-
-    def fingerprint(network):
-        return network.final_layer.linear.weight.cpu().double().sum().item()
-
     with explained("--device: this machine does not have it, give cpu"):
         device = torch.zeros(1, device=given.get("device", Config.device)).device
-    if given.get("teacher"):
-        teacher = open_teacher(given, device)
-        sources["teacher"] = fingerprint(teacher)
+    teacher = open_teacher(given, device) if given.get("teacher") else None
     config = make_config(**given)
+    student = load_student(config.student, device).network if config.student else None
+    sources = {name: network.final_layer.linear.weight.cpu().double().sum().item()
+               for name, network in (("teacher", teacher), ("student", student)) if network}
+    data = None
     if teacher is None or config.dataset == "toy2d":
         data = open_data(config)
         x, _ = data.draw(64, generator(0))
         sources["data"] = [x.double().sum().item(), len(data.labels), data.center, data.scale]
     network = teacher or new_network(data, config).to(device)
+    if student and student.settings != {**network.settings, "guidance": config.is_guided}:
+        raise UserError("--student: it has other sizes, data or guidance than this run", 2)
+    if config.student and not teacher:
+        raise UserError("--student: give its --teacher too", 2)
     if config.exact_teacher and not getattr(data, "is_known", False):
         raise UserError("--exact-teacher: only toys have one, with 2000 points at most", 2)
-    if config.student:
-        student = load_student(config.student, device).network
-        sources["student"] = fingerprint(student)
-        if not teacher or student.settings != {**teacher.settings, "guidance": config.is_guided}:
-            raise UserError("--student: give the --teacher of this student, and its guidance", 2)
     count_micro_batches(config, config.batch_size - config.corrections, config.corrections)
     if config.dataset == "toy2d":  # more threads gain nothing on networks as small as these
         torch.set_num_threads(1)
