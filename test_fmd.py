@@ -1385,6 +1385,80 @@ def test_files_that_are_no_teacher_are_one_line(kind, finished, tmp_path, capsys
     assert kind != "names" or "blocks.0.attn.proj.bias" in line
 
 
+# --- Digits against the data ---------------------------------------------------------------------
+# python test_fmd.py DATA_FOLDER TEACHER.pt STUDENT.pt ...
+
+
+def frechet(a, b):
+    """Frechet distance of two Gaussians fitted to features (N, D)."""
+    values, vectors = torch.linalg.eigh(torch.cov(a.T))
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ torch.cov(b.T) @ root).clamp(min=0).sqrt().sum()
+    spread = torch.cov(a.T).trace() + torch.cov(b.T).trace() - 2 * cross
+    return ((a.mean(0) - b.mean(0)).square().sum() + spread).item()
+
+
+class Judge:
+    """A small classifier of digits, trained in half a minute on 3/5 of at most 5000 of them. Of the
+    rest one half is the reference and one the floor. score(x, y) -> Frechet distance of 32 features
+    to the reference, and the share of pictures that are read as their label."""
+
+    def __init__(self, folder, steps=1000):
+        data = fmd.open_data(fmd.make_config("mnist", data=str(folder)))
+        g = torch.Generator().manual_seed(0)
+        order = torch.randperm(len(data.labels), generator=g)[:5000]
+        x = torch.from_numpy(data.images[order.numpy()].astype(np.float32)) / 127.5 - 1
+        y, part = data.labels[order], len(order) // 5
+        torch.manual_seed(0)
+        self.network = nn.Sequential(
+            nn.Conv2d(1, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(),
+            nn.Flatten(), nn.Linear(32 * 49, 32), nn.ReLU(), nn.Linear(32, 10))
+        optimizer = torch.optim.Adam(self.network.parameters(), 2e-3)
+        for _ in range(steps):
+            i = torch.randint(3 * part, (128,), generator=g)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(self.network(x[i]), y[i]).backward()
+            optimizer.step()
+        self.network.requires_grad_(False)
+        reference = x[3 * part : 4 * part]
+        self.unit = self.network[:7](reference).std(0) + 1e-3
+        self.reference = self.features(reference)
+        self.floor = self.score(x[4 * part :], y[4 * part :])
+
+    def features(self, x):
+        return (self.network[:7](x.clamp(-1, 1)) / self.unit).double()
+
+    def score(self, x, y):
+        agreement = (self.network(x.clamp(-1, 1)).argmax(1) == y).float().mean().item()
+        return frechet(self.features(x), self.reference), agreement
+
+
+def judge_digits(folder, teacher_path, *student_paths):
+    """Print the scores of 1000 samples of a teacher and its students, without guidance and at 2."""
+    judge, teacher = Judge(folder), fmd.load_teacher(teacher_path)
+    line = "{}, strength {:g}: distance {:.3f}, label {:.3f}"
+    print(line.format("other digits", 1, *judge.floor))
+    z, y = fmd.draw_noise(teacher, 1000, fmd.generator(98)), torch.arange(1000) % 10
+    students = [fmd.load_student(path) for path in student_paths]
+    for strength in torch.tensor([[1.0], [2.0]]):
+        u = fmd.guided(teacher, strength)
+        sets = [fmd.in_batches(lambda z, y, u=u: fmd.solve_ode(u, z, 8, "rk4", y), z, y)]
+        sets += [fmd.jump(student, z, y, strength) for student in students]
+        for name, x in zip((teacher_path, *student_paths), sets):
+            print(line.format(name, strength.item(), *judge.score(x, y)), flush=True)
+
+
+def test_digits_are_judged(digits):
+    a, shift = noise(500, 3), torch.tensor([1.0, 0.0, 2.0]).double()
+    expected = 5 + 0.25 * torch.cov(a.T).trace().item()  # |shift|^2 + (1 - scale)^2 tr(cov)
+    assert frechet(a, 1.5 * a + shift - 0.5 * a.mean(0)) == pytest.approx(expected)
+    judge, (_, x, y) = Judge(digits[0], 60), digits
+    x = torch.from_numpy(x[:40, None].astype(np.float32)) / 127.5 - 1
+    y = torch.from_numpy(y[:40].astype(np.int64))
+    (near, right), (far, wrong) = judge.score(x, y), judge.score(0 * x, (y + 1) % 10)
+    assert judge.floor[1] > 0.9 and right > 0.9 and wrong < 0.3 and far > 3 * near
+
+
 # --- Processes -----------------------------------------------------------------------------------
 
 
@@ -1559,3 +1633,7 @@ def test_the_notebook_is_committed_as_it_ran():
     prose = re.sub(r"\(http[^)]*\)|arXiv \S+", "", prose)
     known = printed + " ".join(cell.source for cell in code)
     assert set(re.findall(r"\d+\.\d+", prose)) <= set(re.findall(r"\d+\.\d+", known))
+
+
+if __name__ == "__main__":
+    judge_digits(*sys.argv[1:])
