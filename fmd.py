@@ -97,7 +97,7 @@ class FlowMap:
 
 
 # Runge-Kutta methods as (places, weights). Slopes after the first are evaluated at these fractions
-# of a step, each at the state that the slope before it leads to. The weights average all slopes.
+# of a step, each at the state reached along the slope before it. The weights average all slopes.
 METHODS = {"euler": ([], [1]), "heun": ([1], [1 / 2, 1 / 2]),
            "rk4": ([1 / 2, 1 / 2, 1], [1 / 6, 1 / 3, 1 / 3, 1 / 6])}
 
@@ -149,9 +149,9 @@ def mean_square(D):
     return D.flatten(1).square().mean(1)
 
 
-# Why no_grad, the stop-gradient sg: the target F - D depends on the weights too. Its gradient would
-# need second derivatives, and would move f to where the target is easy to meet instead of to the
-# teacher. So D_G is a constant, computed again at every step.
+# Why no_grad, the stop-gradient sg: the loss is 1/2 ||F - target||^2 [8], and its target F - D_G
+# depends on the weights too. Its gradient would need second derivatives, and would move f to where
+# the target is easy to meet instead of to the teacher. So D_G is a constant, and new at every step.
 @torch.no_grad()
 def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp", h=0.005, F=None):
     """Predict: D_G = v_G - u(f, 1 - delta) [9], where v_G = df/ddelta = F + delta dF/ddelta.
@@ -195,10 +195,10 @@ def correction_gradient(v_N, u, x_r, r, y=None):
     """Correct: D_N = v_N - u(x_r, r) [11]. Returns a constant (B, C, H, W).
 
     v_N = E[x - n | x_r] for the student's samples x, noised: x_r = (1 - r) x + r n. The gradient
-    [10] of KL(student's x_r || teacher's x_r) is E[(dx_r/dtheta)^T (difference of the scores)].
-    Here score = ((1 - r) u - x_r) / r, so the scores differ by (1 - r) / r D_N. And dx_r/dtheta is
-    (1 - r) dF/dtheta. So F(z, 1)^T D_N, with D_N constant, has this gradient up to the weight
-    (1 - r)^2 / r, which is left out.
+    [10] of KL(student's x_r || teacher's x_r) is E[(dx_r/dtheta)^T (difference of the scores)]. A
+    score is -E[n | x_r] / r = ((1 - r) u - x_r) / r, so the scores differ by (1 - r) / r D_N. And
+    dx_r/dtheta is (1 - r) dF/dtheta. So F(z, 1)^T D_N, with D_N constant, has this gradient up to
+    (1 - r)^2 / r. This is left out: any weight of r alone leaves a sum of KL divergences over r.
 
     Why D_N is not zero even for a perfect student, if u is guided or learned: guidance mixes the
     velocities of two distributions, and training leaves errors. The ODE of such a u still generates
@@ -216,9 +216,8 @@ def decay(D, k):
     What k does: with k = 0 the loss is the squared residual, and a few noises with large residuals
     dominate it. With k = 1/2 all samples pull equally. With k = 1 large residuals are damped. Where
     residuals are large the losses disagree: prediction pulls a sample to where the teacher's path
-    from its noise ends, correction to a mode that is near. So k hardly matters without correction:
-    the paper's FID (DiT-B/2) is 12 for any k. With correction FID is 43.5, 10.6, 5.6 for k = 0,
-    1/2, 1: at k = 0 the correction does harm, at k = 1 it halves the FID.
+    from its noise ends, correction to a mode that is near. Without correction none disagrees: the
+    paper's FID (DiT-B/2) is 12 for any k. With correction it is 43.5, 10.6, 5.6 for k = 0, 1/2, 1.
     """
     return D / expand((mean_square(D) + EPS) ** k)
 
@@ -246,10 +245,10 @@ class Distiller(nn.Module):
     near u once the student is right, so it starts there and learns the difference. Each loss is a
     mean over its own rows: alpha weighs them, correction_share does not.
 
-    The correction has its own guidance interval; for r outside of it u is not guided, although
-    student and critic still get the strength. A guided u is not the velocity of any noised samples.
-    Why to stop at 0.7 the paper found by experiment: FID (DiT-B/2) is 5.6 with [0, 0.7] and 8.7
-    with [0, 1].
+    The correction has its own guidance interval, since a guided u is not the velocity of any noised
+    samples. For r outside of it, with [0, 0.7] about half of them, u is not guided, although
+    student and critic still get the strength. The end 0.7 is the result of an experiment of the
+    paper: FID (DiT-B/2) is 5.6 with [0, 0.7] and 8.7 with [0, 1].
     """
 
     def __init__(self, network, critic, teacher, config, mean=lambda v: v):
@@ -287,8 +286,8 @@ class Distiller(nn.Module):
             critic_loss = (v_N - (x - n)).square().mean()
             D_N = correction_gradient(v_N, u, x_r, r, y_N)  # a constant also for the critic
             if len(z_G):
-                # Why lambda: the sizes of D_G and D_N differ and change. ||D_G||, here without
-                # decay and weight, makes the correction fade as the prediction succeeds.
+                # Why lambda: it gives D_N the size of D_G, before decay and weight, so that the
+                # correction fades as the prediction succeeds. The decayed D_G does not at k = 1.
                 norms = torch.stack([mean_square(D).sqrt().mean() for D in (D_G, D_N)])
                 norm_G, norm_N = self.mean(norms)
                 lambda_ = config.alpha * norm_G / (norm_N + EPS)
@@ -306,9 +305,10 @@ class Distiller(nn.Module):
 
         The student jumps from z to delta - h, the start of an interval. From there the teacher's
         ODE is solved up to delta, in a few RK4 steps. f(z, delta) is compared with where that ends:
-        D_G = (f - end) / h. As h -> 0 this is [9], if the jump is by the student's own weights;
-        with averaged ones (ema_target) h must not be small. Returns D_G and the weight h / delta,
-        (B,). Their product is the error of F itself, (f - end) / delta, which the loss takes.
+        D_G = (f - end) / h. As h -> 0 this is [9], if the jump is by the student's own weights.
+        With averaged ones (ema_target) h must not be small, since it divides the difference of two
+        students. Returns D_G and the weight h / delta, (B,). Their product is the error of F
+        itself, (f - end) / delta, which the loss takes.
         """
         start = (self.ema_student or self.student).f(z, delta - h, y, guidance)
         end = solve_ode(u, start, self.config.solver_steps, "rk4", y, t=1 - delta + h, length=h)
@@ -321,11 +321,11 @@ class Distiller(nn.Module):
         correct = config.corrections  # rows that correct
         predict = config.batch_size - correct
         batch = {**self.draw_prior(predict, "_G", g), **self.draw_prior(correct, "_N", g)}
-        # Form solver: a row at delta = 1 trains the sample itself, since states are compared; in
-        # recipe fast half of the rows lie there. The other forms compare velocities. A row at
-        # delta = 1 cannot mend errors from before it, so their rows cover all delta.
+        # Form solver compares states: a row at delta = 1 trains the sample itself, and in recipe
+        # fast half of the rows lie there. The other forms compare velocities: there a row at
+        # delta = 1 would not mend errors made earlier, so their rows cover all delta.
         ends = round(config.end_share * predict) if config.prediction == "solver" else 0
-        # delta = 1 - U^power, with one U in each of equal parts of (0, 1): all of the path.
+        # delta = 1 - U^power, with one U in each of equal parts of (0, 1), so delta is ordered.
         parts = torch.arange(predict - ends) + torch.rand(predict - ends, generator=g)
         delta = 1 - (parts / max(1, predict - ends)) ** config.delta_power
         batch["delta"] = torch.cat([delta.clamp(min=1e-3), torch.ones(ends)])  # solver divides
@@ -340,7 +340,8 @@ class Distiller(nn.Module):
         return batch
 
     def draw_prior(self, count, suffix, g):
-        """Noises, labels of which some are null, and guidance strengths if there is guidance."""
+        """Noises, labels of which some are null, and with guidance a strength each: it is an input
+        of the student, so that one student serves all strengths."""
         classes = self.network.num_classes
         y = torch.randint(max(1, classes), (count,), generator=g)  # without classes all are null
         is_null = torch.rand(count, generator=g) < self.config.label_dropout
@@ -834,7 +835,8 @@ class TrainState:
         self.ema = copy.deepcopy(module.network).requires_grad_(False)
         trained = {"model": module.network, "critic": getattr(module, "critic", None)}
         trained = {name: network for name, network in trained.items() if network is not None}
-        self.peaks = [config.learning_rate, config.critic_learning_rate]  # teacher's: run_stages
+        # run_stages hands in a config whose learning_rate and steps are those of its stage.
+        self.peaks = [config.learning_rate, config.critic_learning_rate]
         groups = [{"params": list(network.parameters())} for network in trained.values()]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.parts = {**trained, "ema": self.ema, "optimizer": self.optimizer}  # of a checkpoint
@@ -1368,10 +1370,10 @@ def infer_settings(tensors, num_heads=0):
 def check_teacher(teacher):
     """Raise UserError if a teacher's samples do not look like pictures or latents.
 
-    Scores compare the student with its teacher, so a file that is read in a wrong way would still
-    get good scores. REPA read as SiT maps noise to noise: neighbouring values have a correlation of
-    0 (pictures and latents: above 0.5). A network that predicts noise, u = n, gives 2z (data: a
-    spread near 1). The limits leave a margin.
+    A file that is read in a wrong way would still get good scores, since they compare the student
+    with it. REPA read as SiT maps noise to noise: neighbouring values have a correlation of 0, in
+    pictures and latents above 0.5. A network that predicts noise, u = n, gives 2z: data has a
+    spread near 1.
     """
     z = draw_noise(teacher, 16, generator(0))
     y = torch.arange(16, device=z.device) % max(1, teacher.num_classes)
@@ -1422,8 +1424,8 @@ def summarise(recent, seconds, module, config):
 
 def run_stage(kind, module, config, out, score=None):
     """Train, from the checkpoint out/<kind>.pt if it is there: on a CPU to the same bits as without
-    a break. score(network) -> endpoint error. Returns the averaged network and the log. Interrupts
-    save, and raise UserError."""
+    a break. score(network) -> endpoint error. Returns the averaged network and the log. At Ctrl-C
+    or a kill the step ends and is saved; then UserError."""
     path, state = out / f"{kind}.pt", TrainState(module, config)
     if path.exists():
         with explained(f"{path} cannot be continued: give another --out"):
@@ -1491,6 +1493,19 @@ def claim_folder(config, **sources):
                     f"{mine.get(other)}. Give another --out, or the same settings", 2)
 
 
+@contextlib.contextmanager
+def locked(folder):
+    """Hold the folder of a run: it is free when this process ends, however it ends. UserError."""
+    with open(folder / "config.json") as file:
+        advice = f"{folder} is in use by another process: wait, or give another --out"
+        with explained(advice), contextlib.suppress(ImportError):  # Windows has no fcntl
+            import fcntl
+
+            if RANK == 0:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
 def new_network(data, config):
     """A DiT for this data. Its first weights follow from the seed. Raises UserError."""
     if data.shape[1] % config.patch_size:
@@ -1552,13 +1567,7 @@ def run_training(given):
     out = [claim_folder(config, **sources)] if RANK == 0 else [None]
     if WORLD > 1:
         distributed.broadcast_object_list(out)
-    with open(out[0] / "config.json") as file:  # its lock ends with this process, however it ends
-        advice = f"{out[0]} is in use by another process: wait, or give another --out"
-        with explained(advice), contextlib.suppress(ImportError):  # Windows has no fcntl
-            import fcntl
-
-            if RANK == 0:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with locked(out[0]):
         run_stages(network, student, data, config, out[0])
 
 
