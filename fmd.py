@@ -182,8 +182,8 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
         raise ValueError(f"prediction_gradient: {form} is not jvp or difference")
     # Why u is evaluated at f: the ODE says df/ddelta = u(f, 1 - delta), and to know f takes no data
     # and no solver. The price: while f is wrong, u is evaluated at a wrong place, and errors
-    # compound. Let L(s) be the rate at which u drives neighbouring states apart at progress s:
-    # positive between modes, negative inside of one. An error made at delta grows until the end by
+    # compound. Let L(s) be the rate at which u drives f and phi apart at progress s: positive
+    # between modes, negative inside of one. An error made at delta grows until the end by
     # exp(integral of L(s) from delta to 1). So at delta = 1 (Gronwall's inequality)
     #     ||f - phi|| <= integral over delta of ||D_G(delta)|| exp(integral of L(s) from delta to 1)
     f = z + expand(delta) * F
@@ -287,7 +287,7 @@ class Distiller(nn.Module):
             D_N = correction_gradient(v_N, u, x_r, r, y_N)  # a constant also for the critic
             if len(z_G):
                 # Why lambda: it gives D_N the size of D_G, before decay and weight, so that the
-                # correction fades as the prediction succeeds. The decayed D_G does not at k = 1.
+                # correction fades as the prediction succeeds. At k = 1 the decayed D_G grows.
                 norms = torch.stack([mean_square(D).sqrt().mean() for D in (D_G, D_N)])
                 norm_G, norm_N = self.mean(norms)
                 lambda_ = config.alpha * norm_G / (norm_N + EPS)
@@ -1475,8 +1475,8 @@ def make_parser():
 
 
 def claim_folder(config, **sources):
-    """The folder of a run: --out, or the first of runs/toy2d, runs/toy2d-2, ... that is new or
-    holds this run. sources: numbers that identify data and teacher. Raises UserError."""
+    """The folder of a run: --out, or the first of runs/toy2d, runs/toy2d-2, ... that is new or has
+    the config.json of this run. sources: sums of data and given networks. Raises UserError."""
     mine = {name: v for name, v in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
     mine = json.loads(json.dumps({**mine, **sources}))  # as it comes back from the file
     names = [config.dataset, *(f"{config.dataset}-{i}" for i in range(2, 10000))]
@@ -1572,8 +1572,8 @@ def run_training(given):
 
 
 def run_stages(network, student, data, config, out):
-    """The stages of a run in their folder. network: the teacher, or one to be trained. student:
-    None, or the network of one to start from."""
+    """The stages of a run; one that is finished is only loaded. network: the teacher, or one to be
+    trained. student: None, or the network of one to start from."""
     log = []
     if not config.teacher:
         first = dataclasses.replace(config, steps=config.teacher_steps,
