@@ -18,7 +18,7 @@ Conventions, everywhere in this file
     v_N is the velocity of its samples, noised to the time r (N: noising), and D_N = v_N - u.
     Samples are images (B, C, H, W) of d = C H W values; a point of the plane is 2 x 1 x 1.
     t, delta, r and guidance (the strength gamma) are (B,), or (1,) if one value serves all.
-    Labels y are int64, (B,), (1,) or None; num_classes is the null label, "any class", as is None.
+    Labels y are int64, (B,) or (1,). num_classes is the null label, "any class"; so is y=None.
 
 Commands to paste; the same command continues a run that was interrupted
     python fmd.py --dataset toy2d                            # a 2-D toy: teacher, student, pictures
@@ -198,7 +198,7 @@ def correction_gradient(v_N, u, x_r, r, y=None):
     [10] of KL(student's x_r || teacher's x_r) is E[(dx_r/dtheta)^T (difference of the scores)]. A
     score is -E[n | x_r] / r = ((1 - r) u - x_r) / r, so the scores differ by (1 - r) / r D_N. And
     dx_r/dtheta is (1 - r) dF/dtheta. So F(z, 1)^T D_N, with D_N constant, has this gradient up to
-    (1 - r)^2 / r. This is left out: any weight of r alone leaves a sum of KL divergences over r.
+    (1 - r)^2 / r. This is left out: with any weight of r alone it descends a mean of KLs over r.
 
     Why D_N is not zero even for a perfect student, if u is guided or learned: guidance mixes the
     velocities of two distributions, and training leaves errors. The ODE of such a u still generates
@@ -1553,10 +1553,10 @@ def run_training(given):
         x, _ = data.draw(64, generator(0))
         sources["data"] = [x.double().sum().item(), len(data.labels), data.center, data.scale]
     network = teacher or new_network(data, config).to(device)
+    if student and not teacher:
+        raise UserError("--student: give its --teacher too", 2)
     if student and student.settings != {**network.settings, "guidance": config.is_guided}:
         raise UserError("--student: it has other sizes, data or guidance than this run", 2)
-    if config.student and not teacher:
-        raise UserError("--student: give its --teacher too", 2)
     if config.exact_teacher and not getattr(data, "is_known", False):
         raise UserError("--exact-teacher: only toys have one, with 2000 points at most", 2)
     count_micro_batches(config, config.batch_size - config.corrections, config.corrections)
