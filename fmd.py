@@ -47,6 +47,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as nnf  # not F: that is the student's average velocity
+from filelock import FileLock, Timeout
 from matplotlib.animation import FuncAnimation
 from matplotlib.figure import Figure
 from torch import distributed, nn
@@ -1248,13 +1249,13 @@ def open_data(config):
     return ImageData(x, found.targets, 10)
 
 
-def load_network(path, kind, device="cpu", **told):
+def load_network(path, kind, device="cpu", teacher_format="", num_heads=0):
     """The averaged network of a checkpoint, frozen, and the checkpoint. Raises UserError."""
     with explained(f"{path} cannot be used as a {kind}"):
         with torch.serialization.safe_globals([argparse.Namespace]):  # settings of SiT and REPA
             file = torch.load(path, "cpu", weights_only=True)
         if kind == "teacher" and "kind" not in file:
-            file = read_public(file, **told)
+            file = read_public(file, teacher_format, num_heads)
         if file.get("kind", kind) != kind:
             raise ValueError(f"it is a {file['kind']}")
         if not all(v.isfinite().all() for v in file["ema"].values()):
@@ -1263,10 +1264,10 @@ def load_network(path, kind, device="cpu", **told):
     return network, file
 
 
-def load_teacher(path, device="cpu", form="", num_heads=0):
-    """A DiT, called as u(x, t, y), from a teacher.pt or a file of SiT or REPA. form: "sit" or
-    "repa" for a file that may be either; num_heads: 0 if not known. Raises UserError."""
-    return load_network(path, "teacher", device, form=form, num_heads=num_heads)[0]
+def load_teacher(path, device="cpu", teacher_format="", num_heads=0):
+    """A DiT, called as u(x, t, y), from a teacher.pt or a file of SiT or REPA. teacher_format:
+    "sit" or "repa" for a file that may be either; num_heads: 0 if not known. Raises UserError."""
+    return load_network(path, "teacher", device, teacher_format, num_heads)[0]
 
 
 def load_student(path, device="cpu"):
@@ -1316,15 +1317,15 @@ def find_format(tensors, settings, told=""):
     return "SiT" if is_sit else "REPA"
 
 
-def read_public(file, form="", num_heads=0):
+def read_public(file, teacher_format="", num_heads=0):
     """A SiT or REPA file as {"ema": tensors of u(x, t), "network": settings of a DiT, "format",
     "has_null": whether there is a null label}.
 
-    file: a state dict, or a training script's dict. form: "sit" or "repa". num_heads: 0 if not
-    known. Raises ValueError as find_format does, KeyError for files of other models.
+    file: a state dict, or a training script's dict. teacher_format: "sit", "repa" or "" as for
+    load_teacher; num_heads: 0 if not known. Raises ValueError as find_format does, KeyError for files of other models.
     """
     tensors, keys, settings = unwrap(file)
-    form = find_format(tensors, settings, form)
+    kind = find_format(tensors, settings, teacher_format)
     # Names: REPA's projectors are not needed. Its older files name the later blocks decoder_blocks.
     tensors = {name: v for name, v in tensors.items() if not name.startswith("projectors.")}
     encoder = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
@@ -1333,7 +1334,7 @@ def read_public(file, form="", num_heads=0):
         tensors[f"blocks.{encoder + int(i)}.{rest}"] = tensors.pop(name)
     # Time: SiT is called at 1 - t. The cosines and sines of w (1 - t) are those of w t, rotated by
     # w; rotating the weights that they meet does the same.
-    if form == "SiT":
+    if kind == "SiT":
         w = torch.exp(-math.log(10000) / 128 * torch.arange(128, dtype=torch.float64))
         of_cos, of_sin = tensors["t_embedder.mlp.0.weight"].double().split(128, 1)
         tensors["t_embedder.mlp.0.weight"] = torch.cat(
@@ -1342,14 +1343,14 @@ def read_public(file, form="", num_heads=0):
     _, C, p, _ = tensors["x_embedder.proj.weight"].shape
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
         used = tensors[name].unflatten(0, (p * p, -1))[:, :C].flatten(0, 1)  # pixel, channel
-        tensors[name] = used if form == "SiT" else -used
+        tensors[name] = used if kind == "SiT" else -used
     # Labels: training without label dropout leaves no null label; give it a row, never used.
     table = tensors["y_embedder.embedding_table.weight"]
     classes = settings.get("num_classes", 1000 if len(table) == 1000 else len(table) - 1)
     if len(table) == classes:
         tensors["y_embedder.embedding_table.weight"] = torch.cat([table, table.mean(0)[None]])
     dropout = settings.get("class_dropout_prob", settings.get("cfg_prob", 0.1))
-    return {"format": " ".join([form, *keys]), "ema": tensors,
+    return {"format": " ".join([kind, *keys]), "ema": tensors,
             "network": infer_settings(tensors, num_heads),
             "has_null": len(table) > classes and dropout > 0}
 
@@ -1475,35 +1476,30 @@ def make_parser():
 
 
 def claim_folder(config, **sources):
-    """The folder of a run: --out, or the first of runs/toy2d, runs/toy2d-2, ... that is new or has
-    the config.json of this run. sources: sums of data and given networks. Raises UserError."""
+    """The folder of a run and its lock: --out, or the first of runs/toy2d, runs/toy2d-2, ... that
+    is new or has the config.json of this run. sources: sums of data and given networks. Raises
+    UserError if another run or another process has it."""
     mine = {name: v for name, v in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
     mine = json.loads(json.dumps({**mine, **sources}))  # as it comes back from the file
     names = [config.dataset, *(f"{config.dataset}-{i}" for i in range(2, 10000))]
     for folder in [Path(config.out)] if config.out else [Path("runs", name) for name in names]:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / "lock", timeout=0)
+        try:
+            held = lock.acquire()  # the lock of a process that dies is free
+        except Timeout:
+            held = None
         file = folder / "config.json"
-        with contextlib.suppress(FileExistsError), open(file, "x") as new:  # one process creates it
-            new.write(json.dumps(mine, indent=1))
-        theirs = json.loads(file.read_text())
+        theirs = json.loads(file.read_text()) if file.exists() else {}
+        if held and theirs in ({}, mine):
+            save(file, lambda part: part.write(json.dumps(mine, indent=1).encode()))
+            return folder, held
         if theirs == mine:
-            return folder
+            raise UserError(f"{folder} is in use by another process: wait, or give another --out")
+        lock.release()
     other = next(name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name))
     raise UserError(f"{folder} holds another run: its {flag(other)} is {theirs.get(other)}, not "
                     f"{mine.get(other)}. Give another --out, or the same settings", 2)
-
-
-@contextlib.contextmanager
-def locked(folder):
-    """Hold the folder of a run: it is free when this process ends, however it ends. UserError."""
-    with open(folder / "config.json") as file:
-        advice = f"{folder} is in use by another process: wait, or give another --out"
-        with explained(advice), contextlib.suppress(ImportError):  # Windows has no fcntl
-            import fcntl
-
-            if RANK == 0:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
 
 
 def new_network(data, config):
@@ -1521,8 +1517,8 @@ def open_teacher(given, device):
     """The network of --teacher. The settings that it fixes are added. Raises UserError."""
     if given.get("stage") == "teacher":
         raise UserError("--stage teacher trains a teacher: remove --teacher", 2)
-    told = {"form": given.get("teacher_format", ""), "num_heads": given.get("num_heads", 0)}
-    network, file = load_network(given["teacher"], "teacher", device, **told)
+    told = given.get("teacher_format", ""), given.get("num_heads", 0)
+    network, file = load_network(given["teacher"], "teacher", device, *told)
     if RANK == 0:
         print(f"{given['teacher']}: {file.get('format', 'fmd')}, {network.settings}")
     if "format" in file and not given.get("trust_teacher"):
@@ -1564,10 +1560,12 @@ def run_training(given):
         torch.set_num_threads(1)
     if config.precision == "bfloat16":  # fast products also of what stays float32
         torch.set_float32_matmul_precision("high")
-    out = [claim_folder(config, **sources)] if RANK == 0 else [None]
+    out, held = [None], contextlib.nullcontext()
+    if RANK == 0:
+        out[0], held = claim_folder(config, **sources)
     if WORLD > 1:
         distributed.broadcast_object_list(out)
-    with locked(out[0]):
+    with held:
         run_stages(network, student, data, config, out[0])
 
 

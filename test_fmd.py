@@ -530,7 +530,7 @@ def test_public_files_have_the_velocity_of_a_plain_implementation(kind, tmp_path
                  "ema": {"module." + name: v for name, v in tensors.items()}, "opt": {"state": {}}}
     torch.save(saved, tmp_path / "a.pt")
     form = kind.split()[0] if "told" in kind else ""
-    teacher = fmd.load_teacher(tmp_path / "a.pt", form=form)
+    teacher = fmd.load_teacher(tmp_path / "a.pt", teacher_format=form)
     x, t, y = noise(2, 4, 8, 8), torch.tensor([0.13, 0.94]).double(), torch.tensor([7, 1000])
     w, is_sit = {name: v.double() for name, v in tensors.items()}, kind.startswith("sit")
     expected = plain_dit(w, x, 1 - t if is_sit else t, y, heads, 2)[:, :4]
@@ -555,7 +555,7 @@ def test_files_that_are_refused(tmp_path):
     ]:
         torch.save(wrong, tmp_path / "a.pt")
         with pytest.raises(fmd.UserError, match=f"(?s)a.pt cannot be used as a teacher.*{reason}"):
-            fmd.load_teacher(tmp_path / "a.pt", form=form)
+            fmd.load_teacher(tmp_path / "a.pt", teacher_format=form)
 
 
 # --- Settings ------------------------------------------------------------------------------------
@@ -851,7 +851,7 @@ def finished(tmp_path_factory):
 
 
 def test_the_default_command_end_to_end(finished, capsys):
-    names = {"teacher.pt", "student.pt", "teacher.json", "student.json", "config.json"}
+    names = {"teacher.pt", "student.pt", "teacher.json", "student.json", "config.json", "lock"}
     names |= {"metrics.json", "comparison.png", "paths.png", "paths.gif", "error.png", "losses.png"}
     assert {p.name for p in finished.iterdir()} == names
     metrics = json.loads((finished / "metrics.json").read_text())
@@ -1344,9 +1344,9 @@ def test_samples_that_do_not_look_like_data_are_refused():
 
 
 def test_a_folder_in_use_is_refused(finished, capsys):
-    code = ("import fcntl, sys, time; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX);"
+    code = ("import filelock, sys, time; lock = filelock.FileLock(sys.argv[1]); lock.acquire();"
             "print('held', flush=True); time.sleep(600)")
-    other = subprocess.Popen([sys.executable, "-c", code, finished / "config.json"],
+    other = subprocess.Popen([sys.executable, "-c", code, finished / "lock"],
                              stdout=subprocess.PIPE)
     other.stdout.readline()
     line = run("--out", finished, *TINY, status=1, capsys=capsys)
