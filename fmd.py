@@ -37,7 +37,6 @@ import json
 import math
 import os
 import re
-import shlex
 import signal
 import sys
 import time
@@ -240,7 +239,7 @@ class Distiller(nn.Module):
     critic. train and TrainState.update of section 6 change the weights.
 
     network: a velocity network, read as the student's F; critic: another, which learns v_N;
-    teacher: u(x, t, y), never changed; config: see Config; mean: averages a tensor over processes.
+    teacher: u(x, t, y), never changed; config: see Config.
 
     Both networks start as copies of the teacher. For the student see FlowMap. The critic's goal is
     near u once the student is right, so it starts there and learns the difference. Each loss is a
@@ -252,10 +251,10 @@ class Distiller(nn.Module):
     paper: FID (DiT-B/2) is 5.6 with [0, 0.7] and 8.7 with [0, 1].
     """
 
-    def __init__(self, network, critic, teacher, config, mean=lambda v: v):
+    def __init__(self, network, critic, teacher, config):
         super().__init__()
         self.network, self.critic, self.teacher = network, critic, teacher
-        self.config, self.mean = config, mean
+        self.config = config
         self.student = FlowMap(network)
         self.ema_student = None  # with ema_target: a FlowMap with averaged weights
 
@@ -290,7 +289,7 @@ class Distiller(nn.Module):
                 # Why lambda: it gives D_N the size of D_G, before decay and weight, so that the
                 # correction fades as the prediction succeeds. At k = 1 the decayed D_G grows.
                 norms = torch.stack([mean_square(D).sqrt().mean() for D in (D_G, D_N)])
-                norm_G, norm_N = self.mean(norms)
+                norm_G, norm_N = mean_over_processes(norms)
                 lambda_ = config.alpha * norm_G / (norm_N + EPS)
             # D_N is not decayed: a weight that depends on D_N would not leave a gradient of a KL.
             loss = loss + lambda_ * (F * D_N).mean()  # [10]
@@ -361,9 +360,9 @@ class Distiller(nn.Module):
 class GaussianMixture(nn.Module):
     """Equally likely Gaussians N(means[k], blur^2 I): data, its exact velocity, and its support.
     means: (K, d); blur > 0; labels: (K,) int64 below num_classes, all 0 without classes. center,
-    scale: lists of d numbers, from these coordinates to the user's, or None."""
+    scale: numbers, or lists of d, from these coordinates to the user's."""
 
-    def __init__(self, means, blur, labels, num_classes, center=None, scale=None):
+    def __init__(self, means, blur, labels, num_classes, center=0.0, scale=1.0):
         super().__init__()
         self.register_buffer("means", means)
         self.register_buffer("labels", labels)
@@ -488,7 +487,7 @@ class DiT(nn.Module):
 
     def __init__(self, input_size=1, in_channels=2, num_classes=8, hidden_size=64, depth=3,
                  num_heads=1, patch_size=1, qk_norm=False, guidance=False, fourier=False,
-                 center=None, scale=None):
+                 center=0.0, scale=1.0):
         super().__init__()
         self.settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         E, p, C = hidden_size, patch_size, in_channels
@@ -575,7 +574,10 @@ TOYS = ("checkerboard", "gaussians", "moons", "spirals", "rings")
 
 
 def make_toy(name):
-    """One of TOYS as a GaussianMixture: on a grid or along curves, with a spread near 1."""
+    """One of TOYS as a GaussianMixture: on a grid or along curves, with a spread near 1. Raises
+    ValueError for another name."""
+    if name not in TOYS:
+        raise ValueError(f"make_toy: {name} is none of {TOYS}")
     # Points are complex numbers x + iy, with one row of points for each label.
 
     def circle(N):
@@ -604,7 +606,7 @@ def make_toy(name):
 class ImageData:
     """Labelled images (N, C, H, W): uint8 pictures, drawn in [-1, 1], or latents as they are."""
 
-    center = scale = None
+    center, scale = 0.0, 1.0
     is_known = False  # their density is not, so no exact velocity and no support
 
     def __init__(self, images, labels, num_classes):
@@ -821,7 +823,7 @@ def make_distiller(start, config, teacher=None, student=None):
     its teacher. teacher: another one; student: the network of another student to start from."""
     student = DiT.from_teacher(student or start, config.is_guided)
     critic = DiT.from_teacher(start, config.is_guided) if config.corrections else None
-    distiller = Distiller(student, critic, teacher or start, config, mean_over_processes)
+    distiller = Distiller(student, critic, teacher or start, config)
     return distiller.to(device_of(start))
 
 
@@ -896,7 +898,7 @@ def train(module, config, state=None):
     if WORLD > 1:
         # Why DDP wraps the loss, not a network: it synchronises the gradients of what its own
         # forward computes. An F computed by an inner network would silently stay unsynchronised.
-        parallel = nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+        parallel = nn.parallel.DistributedDataParallel(module)
     while state.step < config.steps:
         batch, sums = module.draw(state.step), []
         count = count_micro_batches(config, *{len(v) for v in batch.values()})
@@ -1056,13 +1058,11 @@ def plane(x):
 
 def to_view(x, network):
     """Samples as one looks at them, on the CPU: points in the data's coordinates, 3 channels."""
-    frame = [network.settings[name] for name in ("scale", "center")]
-    if frame[0] is not None:
-        scale, center = torch.tensor(frame, dtype=torch.float64)[..., None, None]
-        return x.cpu() * scale + center
     if x.shape[1] > 3:
         x = x[:, :3] / 2
-    return x.cpu()
+    frame = [network.settings[name] for name in ("scale", "center")]
+    scale, center = torch.tensor(frame, dtype=torch.float64)[..., None, None]
+    return x.cpu() * scale + center
 
 
 def panels(N, view, width, rows=1):
@@ -1188,7 +1188,7 @@ def save(path, write):
     """Call write(file). The file at `path` is then replaced as a whole, or not at all."""
     part = path.with_name(f"{path.name}.part")
     try:
-        with open(part, "wb") as file:
+        with explained("free some space, or give another --out"), open(part, "wb") as file:
             write(file)
         os.replace(part, path)
     finally:
@@ -1198,8 +1198,7 @@ def save(path, write):
 def load_points(path):
     """The rows of an N x 2 array as narrow Gaussians without labels. They may lie anywhere and have
     any scale: each coordinate is standardised, and samples are mapped back. Raises UserError."""
-    with explained(f"--toy {path}: give one of {', '.join(TOYS)}, or FILE.npy with N x 2 finite "
-                   "numbers that vary in both columns"):
+    with explained(f"--toy {path}: give one of {TOYS} or FILE.npy, N x 2 numbers that vary"):
         points = np.load(path, allow_pickle=False).astype(np.float64)
         scale = points.std(0)
         if points.shape[1:] != (2,) or not ((scale > 0) & np.isfinite(scale)).all():
@@ -1216,11 +1215,9 @@ def load_latents(path):
     is_square = x.shape == (*y.shape, x.shape[1], x.shape[-1], x.shape[-1])
     if not is_square or x.dtype.kind != "f" or y.dtype.kind not in "iu":
         raise ValueError(f"{x.dtype} of shape {x.shape}, labels {y.dtype} of shape {y.shape}")
-    if x.shape[1] == 8:
-        raise ValueError("8 channels are means and deviations: give samples of the posterior")
     spread = x[:: math.ceil(len(x) / 256)].astype(np.float32).std()
-    if not 0.4 < spread < 2.5:
-        raise ValueError(f"deviation {spread:.3g}, not 1: multiply by the VAE's scaling_factor")
+    if not 0.4 < spread < 2.5 or x.shape[1] == 8:  # 8 channels are means and deviations
+        raise ValueError(f"deviation {spread:.3g}: give scaling_factor x samples of the posterior")
     classes, y = np.unique(y, return_inverse=True)
     if RANK == 0:
         print(f"{path}: {len(classes)} classes, here from 0 on: {classes[0]} to {classes[-1]}")
@@ -1232,11 +1229,9 @@ def open_data(config):
     if config.dataset == "toy2d":
         return make_toy(config.toy) if config.toy in TOYS else load_points(config.toy)
     if config.dataset == "imagenet":
-        with explained("imagenet needs a --teacher, or --data FILE.npy with latents N x C x S x S "
-                       "and their labels in FILE_labels.npy"):
+        with explained("give a --teacher, or --data FILE.npy, latents with FILE_labels.npy"):
             return load_latents(config.data)
-    with explained(f"{config.dataset} is not in --data {config.data} and cannot be downloaded: go "
-                   "online, remove damaged files there, or give another folder"):
+    with explained(f"{config.dataset} is not in --data {config.data} and cannot be downloaded"):
         source = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}[config.dataset]
         if RANK == 0:  # one process downloads, the others wait
             source(config.data, download=True)
@@ -1277,7 +1272,6 @@ def load_student(path, device="cpu"):
 
 # Public teachers. SiT (arXiv 2401.08740) and REPA (arXiv 2410.06940) are DiTs with the same names.
 # What differs is folded into their weights: u(x, t) = SiT(x, 1 - t) = -REPA(x, t).
-HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of S, B, L, XL by width: not in the files
 WEIGHTS_IN = ("ema", "model_ema", "ema_model", "ema_state_dict", "shadow",  # averages come first
               "model", "state_dict", "model_state_dict")
 
@@ -1303,8 +1297,7 @@ def find_format(tensors, settings, told=""):
     words = [str(settings.get(k, "")) for k in ("prediction", "path_type", "model")]
     if (words[0] not in ("", "velocity", "v") or words[1] not in ("", "linear", "Linear")
             or words[2].startswith("DiT")):
-        raise ValueError(f"it was trained with prediction, path type, model {words}; give one that "
-                         "predicts velocities of the linear path")
+        raise ValueError(f"it has {words}; give one that predicts velocities of linear paths")
     _, C, p, _ = tensors["x_embedder.proj.weight"].shape
     # SiT has twice the output channels, of which the second half is unused. REPA has projectors.
     is_double = len(tensors["final_layer.linear.bias"]) == 2 * C * p * p
@@ -1312,8 +1305,7 @@ def find_format(tensors, settings, told=""):
     is_sit = told == "sit" or words[0] == "velocity" or is_double
     is_repa = told == "repa" or words[0] == "v" or has_more
     if is_sit == is_repa:
-        raise ValueError("it has marks of both SiT and REPA, or of none; they differ in sign and "
-                         "time, so give the right --teacher-format")
+        raise ValueError("marks of both SiT and REPA, or of none: give the right --teacher-format")
     return "SiT" if is_sit else "REPA"
 
 
@@ -1322,7 +1314,8 @@ def read_public(file, teacher_format="", num_heads=0):
     "has_null": whether there is a null label}.
 
     file: a state dict, or a training script's dict. teacher_format: "sit", "repa" or "" as for
-    load_teacher; num_heads: 0 if not known. Raises ValueError as find_format does, KeyError for files of other models.
+    load_teacher; num_heads: 0 if not known. Raises ValueError as find_format does, KeyError for
+    files of other models.
     """
     tensors, keys, settings = unwrap(file)
     kind = find_format(tensors, settings, teacher_format)
@@ -1356,9 +1349,10 @@ def read_public(file, teacher_format="", num_heads=0):
 
 
 def infer_settings(tensors, num_heads=0):
-    """Settings of a DiT with these tensors. The number of heads is a guess for unknown widths."""
+    """Settings of a DiT with these tensors. The number of heads is in no file
+    without qk_norm: then it is that of SiT and REPA with this width."""
     E, C, p, _ = tensors["x_embedder.proj.weight"].shape
-    heads = num_heads or HEADS.get(E, max(1, E // 64))
+    heads = num_heads or (16 if E == 1152 else max(1, E // 64))  # XL has 16
     qk_norm = "blocks.0.attn.q_norm.weight" in tensors
     if qk_norm:
         heads = E // len(tensors["blocks.0.attn.q_norm.weight"])
@@ -1403,12 +1397,6 @@ def forwards_needed(module, config):
     return predict + (2 * training + teacher) * config.corrections
 
 
-def on_interrupt(handler):
-    """Call handler(number, frame) at Ctrl-C and at SIGTERM."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
-
-
 def summarise(recent, seconds, module, config):
     """A line of the log: means of the metrics of recent steps, and what these steps cost."""
     line = {name: torch.stack([m[name] for m in recent]).nanmean().item() for name in recent[0]}
@@ -1436,7 +1424,7 @@ def run_stage(kind, module, config, out, score=None):
             state.step, state.log = saved["step"], saved["log"]
     state.keep(path)  # a folder that cannot be written is found now
     recent, interrupts, clock = [], [], time.perf_counter()
-    on_interrupt(lambda number, frame: interrupts.append(number))  # the step ends and is saved
+    signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
     bar = tqdm(train(module, config, state), kind, config.steps, initial=state.step,
                disable=RANK > 0 or None)
     for step, metrics, _ in bar:
@@ -1454,10 +1442,8 @@ def run_stage(kind, module, config, out, score=None):
             state.keep(path)
         if received > 0:
             bar.close()
-            launcher = ["torchrun", f"--nproc_per_node={WORLD}"] if LAUNCH else ["python"]
-            raise UserError(f"interrupted: {path} holds step {step} of {config.steps}. The same "
-                            f"command continues: {shlex.join(launcher + sys.argv)}")
-    on_interrupt(signal.default_int_handler)
+            raise UserError(f"interrupted: {path} holds step {step}, the same command continues")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     return state.ema, state.log
 
 
@@ -1483,7 +1469,8 @@ def claim_folder(config, **sources):
     mine = json.loads(json.dumps({**mine, **sources}))  # as it comes back from the file
     names = [config.dataset, *(f"{config.dataset}-{i}" for i in range(2, 10000))]
     for folder in [Path(config.out)] if config.out else [Path("runs", name) for name in names]:
-        folder.mkdir(parents=True, exist_ok=True)
+        with explained(f"{folder} cannot be used: give another --out"):
+            folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / "lock", timeout=0)
         try:
             held = lock.acquire()  # the lock of a process that dies is free
@@ -1498,8 +1485,8 @@ def claim_folder(config, **sources):
             raise UserError(f"{folder} is in use by another process: wait, or give another --out")
         lock.release()
     other = next(name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name))
-    raise UserError(f"{folder} holds another run: its {flag(other)} is {theirs.get(other)}, not "
-                    f"{mine.get(other)}. Give another --out, or the same settings", 2)
+    raise UserError(f"--out {folder} holds a run with {flag(other)} {theirs.get(other)}, not "
+                    f"{mine.get(other)}: give another --out, or the same settings", 2)
 
 
 def new_network(data, config):
@@ -1596,6 +1583,8 @@ def run_sampling(given):
     network, file = load_network(out / "student.pt", "student", given.get("device", Config.device))
     config = Config(**{**file["config"], "seed": 0, "device": Config.device, **given})
     N = config.samples
+    if N < WORLD:
+        raise UserError(f"--samples: give {WORLD} or more, one for each process", 2)
     y, strength = conditions(network, config, N)
     if config.classes:
         with explained(f"--classes: give labels below {network.num_classes}, such as 0,1"):
@@ -1626,7 +1615,8 @@ def run_sampling(given):
 def main(argv=None):
     """The command line. Returns the exit status: 0 done, 1 failed in running, 2 wrong command."""
     given = vars(make_parser().parse_args(argv))
-    on_interrupt(signal.default_int_handler)  # a kill ends as Ctrl-C does
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also after `&` in a script
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # as Ctrl-C
     warnings.filterwarnings("ignore", module="torch")  # torch's own, about what jvp uses
     try:
         if WORLD > 1:  # process 0 may measure or download for long while the others wait
@@ -1641,20 +1631,17 @@ def main(argv=None):
             raise
         line = f"{type(e).__name__}: {e} (--debug shows where)"
         status = 1
-        cause = e.__context__ or e  # torch.save hides a full disk behind an error of its own
         if isinstance(e, UserError):
             line, status = (*e.args, 1)[:2]
         elif isinstance(e, KeyboardInterrupt):
             line = "interrupted: the same command continues"
-        elif isinstance(cause, OSError):
-            line = f"{cause}: free some space, or give another --out"
         elif "memory" in str(e):
             line = "out of memory: lower --micro-batch-size, or give --activation-checkpointing"
         if RANK == 0 or status == 1:
             print("fmd:", *line.split(), file=sys.stderr)
         return status
     finally:
-        on_interrupt(signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         if distributed.is_initialized():
             distributed.destroy_process_group()
 
