@@ -10,7 +10,8 @@ Map: 1. The method (the whole paper, in reading order: read this first)  2. Teac
 
 Conventions, everywhere in this file
     t = 0 is data x, t = 1 is noise n ~ N(0, I), and x_t = (1 - t) x + t n in between.
-    u(x_t, t) is the teacher's velocity, trained to be E[x - n | x_t]: dx/dt = -u, towards data.
+    u(x_t, t) is the teacher's velocity, trained to be E[x - n | x_t]. It points from noise to data,
+        so dx/dt = -u.
     delta = 1 - t is the progress of a path: sampling solves dx/d(delta) = u(x, 1 - delta).
     phi(z, delta) is the state that the teacher's path from the noise z reaches at delta.
     f(z, delta) = z + delta F(z, delta) is the student's phi. f(z, 1) is its one-step sample.
@@ -78,9 +79,9 @@ def interpolate(x, n, t):
 class FlowMap:
     """The student: a velocity network read as F, the average velocity from t = 1 to t = 1 - delta.
 
-    Why it starts with the teacher's weights: the average over no time is the velocity at the start,
-    F(z, 0) = u(z, 1). These weights return just that, if there is no guidance. Training then
-    extends what is right at delta = 0 to larger delta.
+    Why it starts with the teacher's weights: over an interval of length 0 the average velocity is
+    the velocity at its start, F(z, 0) = u(z, 1). These weights return just that, if there is no
+    guidance. Training then extends what is right at delta = 0 to larger delta.
     """
 
     def __init__(self, network):
@@ -149,9 +150,12 @@ def mean_square(D):
     return D.flatten(1).square().mean(1)
 
 
-# Why no_grad, the stop-gradient sg: the loss is 1/2 ||F - target||^2 [8], and its target F - D_G
-# depends on the weights too. Its gradient would need second derivatives, and would move f to where
-# the target is easy to meet instead of to the teacher. So D_G is a constant, and new at every step.
+# Why no_grad, the paper's stop-gradient sg: [8] is 1/2 ||F - target||^2, with the target F - D_G
+# held constant, and new at every step. If gradients went through the target too, [8] would be
+# 1/2 ||D_G||^2. This needs second derivatives: of F by weights and delta, and of u by its input.
+# And it can be lowered in a second way: by moving f to a place where u happens to be near v_G,
+# instead of turning v_G to u. Where D_G = 0 both ways agree, but training is not there yet.
+# (no_grad does not stop a jvp. Distiller computes F outside, where it needs a gradient.)
 @torch.no_grad()
 def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp", h=0.005, F=None):
     """Predict: D_G = v_G - u(f, 1 - delta) [9], where v_G = df/ddelta = F + delta dF/ddelta.
@@ -160,7 +164,7 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     an ODE has one solution from each start. Returns (B, C, H, W).
 
     form: how dF/ddelta is computed. Raises ValueError for another form.
-      jvp         forward-mode derivative, exact
+      jvp         forward-mode derivative, exact for these weights
       difference  (F(z, delta + h) - F(z, delta - h)) / 2h, one-sided at the ends; h: number or (B,)
     F: F(z, delta), if it is known.
     """
@@ -180,12 +184,14 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
         dF = dF / expand(high - low)
     else:
         raise ValueError(f"prediction_gradient: {form} is not jvp or difference")
-    # Why u is evaluated at f: the ODE says df/ddelta = u(f, 1 - delta), and to know f takes no data
-    # and no solver. The price: while f is wrong, u is evaluated at a wrong place, and errors
-    # compound. Let L(s) be the rate at which u drives f and phi apart at progress s: positive
-    # between modes, negative inside of one. An error made at delta grows until the end by
-    # exp(integral of L(s) from delta to 1). So at delta = 1 (Gronwall's inequality)
-    #     ||f - phi|| <= integral over delta of ||D_G(delta)|| exp(integral of L(s) from delta to 1)
+    # Why u is evaluated at f: the ODE says df/ddelta = u(f, 1 - delta), and f is computed without
+    # data and without a solver. The price: while f is wrong, u is evaluated at a wrong place, and
+    # errors compound. How much? Let L(s) be the rate at which u drives f and phi apart at progress
+    # s. Between modes L > 0 and errors grow; inside of a mode mostly L < 0 and they shrink. Until
+    # the end an error made at delta is multiplied by at most
+    #     G(delta) = exp(integral of L(s) from delta to 1).
+    # In sum (Gronwall's inequality)
+    #     ||f(z, 1) - phi(z, 1)|| <= integral over delta of ||D_G(delta)|| G(delta).
     f = z + expand(delta) * F
     return F + expand(delta) * dF - u(f, 1 - delta, y)  # [7] as a residual: D_G of [9]
 
@@ -194,11 +200,15 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
 def correction_gradient(v_N, u, x_r, r, y=None):
     """Correct: D_N = v_N - u(x_r, r) [11]. Returns a constant (B, C, H, W).
 
-    v_N = E[x - n | x_r] for the student's samples x, noised: x_r = (1 - r) x + r n. The gradient
-    [10] of KL(student's x_r || teacher's x_r) is E[(dx_r/dtheta)^T (difference of the scores)]. A
-    score is -E[n | x_r] / r = ((1 - r) u - x_r) / r, so the scores differ by (1 - r) / r D_N. And
-    dx_r/dtheta is (1 - r) dF/dtheta. So F(z, 1)^T D_N, with D_N constant, has this gradient up to
-    (1 - r)^2 / r. This is left out: with any weight of r alone it descends a mean of KLs over r.
+    v_N = E[x - n | x_r] for the student's samples x, noised: x_r = (1 - r) x + r n. Why the loss
+    F(z, 1) . D_N, with D_N constant, has the gradient of a KL divergence, in three steps:
+    1. The gradient of KL(student's x_r || teacher's x_r) is E[(dx_r/dtheta)^T (score of the
+       student's x_r - score of the teacher's)] [10].
+    2. x_r = (1 - r) x + r n gives n = x_r - (1 - r) (x - n). So the score -E[n | x_r] / r is
+       ((1 - r) v - x_r) / r, with v = v_N or u, and the scores differ by (1 - r) / r D_N.
+    3. x = z + F(z, 1), so dx_r/dtheta = (1 - r) dF/dtheta.
+    The factor (1 - r)^2 / r of the product is left out. A factor that depends on r alone only says
+    how much each noise level counts: the loss still descends a weighted mean of KLs over r.
 
     Why D_N is not zero even for a perfect student, if u is guided or learned: guidance mixes the
     velocities of two distributions, and training leaves errors. The ODE of such a u still generates
@@ -211,13 +221,14 @@ EPS = 1e-3  # keeps decay and lambda from dividing by zero; the paper's value is
 
 
 def decay(D, k):
-    """D / (||D||^2 / d + eps)^k, per sample.
+    """D / (||D||^2 / d + eps)^k, per sample: the adaptive weight of MeanFlow (arXiv 2505.13447).
 
     What k does: with k = 0 the loss is the squared residual, and a few noises with large residuals
     dominate it. With k = 1/2 all samples pull equally. With k = 1 large residuals are damped. Where
     residuals are large the losses disagree: prediction pulls a sample to where the teacher's path
-    from its noise ends, correction to a mode that is near. So k matters with the correction only:
-    without it the paper's FID (DiT-B/2) is 12 for any k, with it 43.5, 10.6, 5.6 for k = 0, 1/2, 1.
+    from its noise ends, correction to a mode that is near. So k matters only if there is a
+    correction: without it the paper's FID (DiT-B/2) is 12 for any k, with it 43.5, 10.6, 5.6 for
+    k = 0, 1/2, 1.
     """
     return D / expand((mean_square(D) + EPS) ** k)
 
@@ -229,7 +240,8 @@ def generator(*key):
     """A random generator that depends only on the integers in `key`: seed, stream, step.
 
     So a run that was interrupted continues with the same numbers. And on several GPUs all processes
-    draw the same batch, of which each takes its own rows: their number does not change the result.
+    draw the same batch, of which each takes its own rows. Their number does not change the result,
+    up to rounding and, with micro-batches, lambda, which each of them computes from its own rows.
     """
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
@@ -239,23 +251,26 @@ class Distiller(nn.Module):
     critic. train and TrainState.update of section 6 change the weights.
 
     network: a velocity network, read as the student's F; critic: another, which learns v_N;
-    teacher: u(x, t, y), never changed; config: see Config.
+    teacher: u(x, t, y), never changed; config: a Config. What it holds for the method, with its
+    defaults, which are the paper's where we know them: prediction "jvp", decay k = 1, alpha = 1,
+    correction_share 1/4, r_location 0.8, delta_power 1, and the intervals in which u is guided.
 
     Both networks start as copies of the teacher. For the student see FlowMap. The critic's goal is
-    near u once the student is right, so it starts there and learns the difference. Each loss is a
-    mean over its own rows: alpha weighs them, correction_share does not.
+    near u once the student is right. Each loss is a mean over its own rows: alpha is the weight of
+    the correction, correction_share only says how many rows estimate it.
 
-    The correction has its own guidance interval, since a guided u is not the velocity of any noised
-    samples. For r outside of it, with [0, 0.7] about half of them, u is not guided, although
-    student and critic still get the strength. The end 0.7 is the result of an experiment of the
-    paper: FID (DiT-B/2) is 5.6 with [0, 0.7] and 8.7 with [0, 1].
+    Why the correction has its own guidance interval: a guided u is not the velocity of any noised
+    samples, which makes D_N wrong, for some r more than for others. Outside of the interval, with
+    [0, 0.7] for about half of the rows, u is not guided, although student and critic still get the
+    strength. There the correction pulls to samples without guidance. The end 0.7 is the result of
+    an experiment of the paper: FID (DiT-B/2) is 5.6 with [0, 0.7] and 8.7 with [0, 1].
     """
 
     def __init__(self, network, critic, teacher, config):
         super().__init__()
         self.network, self.critic, self.teacher = network, critic, teacher
         self.config = config
-        self.student = FlowMap(network)
+        self.student = FlowMap(network)  # the same weights, read as F
         self.ema_student = None  # with ema_target: a FlowMap with averaged weights
 
     def forward(self, z_G, y_G, delta, z_N, y_N, r, n, guidance_G=None, guidance_N=None, h=None):
@@ -273,7 +288,8 @@ class Distiller(nn.Module):
                                           config.prediction, F=F)
             metrics["prediction"] = mean_square(D_G).mean()
             # Why F * sg(D): its gradient is (dF/dtheta)^T D, that of 1/2 ||F - sg(F - D)||^2 [8].
-            # The value of this loss means nothing; watch ||D_G||^2, above, and endpoint_error.
+            # Only the gradient has a meaning. The value is an inner product of either sign, and it
+            # need not fall: watch ||D_G||^2, above, and endpoint_error.
             loss = loss + (F * decay(expand(weight) * D_G, config.decay)).mean()  # [8], by [9]
         if len(z_N):  # Correct, at delta = 1, where samples are: the paper found no gain elsewhere
             u = guided(self.teacher, guidance_N, config.correction_interval)
@@ -286,12 +302,14 @@ class Distiller(nn.Module):
             critic_loss = (v_N - (x - n)).square().mean()
             D_N = correction_gradient(v_N, u, x_r, r, y_N)  # a constant also for the critic
             if len(z_G):
-                # Why lambda: it gives D_N the size of D_G, before decay and weight, so that the
-                # correction fades as the prediction succeeds. At k = 1 the decayed D_G grows.
+                # Why lambda: it gives D_N the size of D_G, so that the correction fades as the
+                # prediction succeeds. This is D_G before its decay: after it, at k = 1, its size is
+                # about 1 / ||D_G||, and lambda would grow.
                 norms = torch.stack([mean_square(D).sqrt().mean() for D in (D_G, D_N)])
                 norm_G, norm_N = mean_over_processes(norms)
                 lambda_ = config.alpha * norm_G / (norm_N + EPS)
-            # D_N is not decayed: a weight that depends on D_N would not leave a gradient of a KL.
+            # D_N is not decayed: with another weight for each row, by its own D_N, this would not
+            # be the gradient of a KL. lambda is one number for all rows.
             loss = loss + lambda_ * (F * D_N).mean()  # [10]
             loss = loss + critic_loss  # trains the critic alone, since x is detached
             metrics["correction"] = mean_square(D_N).mean()
@@ -301,7 +319,8 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def solver_gradient(self, u, F, z, delta, h, y, guidance):
-        """The form `solver` of D_G, which is ours: no derivative, whose error could enter.
+        """The form `solver` of D_G, which is ours. It has no derivative: weights with a good F can
+        still have a poor dF/ddelta.
 
         The student jumps from z to delta - h, the start of an interval. From there the teacher's
         ODE is solved up to delta, in a few RK4 steps. f(z, delta) is compared with where that ends:
@@ -325,7 +344,8 @@ class Distiller(nn.Module):
         # fast half of the rows lie there. The other forms compare velocities: there a row at
         # delta = 1 would not mend errors made earlier, so their rows cover all delta.
         ends = round(config.end_share * predict) if config.prediction == "solver" else 0
-        # delta = 1 - U^power, with one U in each of equal parts of (0, 1), so delta is ordered.
+        # delta = 1 - U^power. (0, 1) is cut into as many equal parts as there are rows, and each
+        # row draws its U in its own part. So delta is ordered.
         parts = torch.arange(predict - ends) + torch.rand(predict - ends, generator=g)
         delta = 1 - (parts / max(1, predict - ends)) ** config.delta_power
         batch["delta"] = torch.cat([delta.clamp(min=1e-3), torch.ones(ends)])  # solver divides
@@ -334,7 +354,8 @@ class Distiller(nn.Module):
             batch["h"] = torch.minimum(longest, batch["delta"])
         # Why r lies near the noise: with little noise the x_r of student and teacher hardly overlap
         # where the student is wrong, and D_N says nothing about modes that it lacks. With much
-        # noise they overlap, and D_N moves means and masses. The median is sigmoid(0.8) = 0.69.
+        # noise they overlap, and D_N moves whole modes and the share of samples in each. The median
+        # of r is sigmoid(0.8) = 0.69.
         batch["r"] = torch.sigmoid(config.r_location + torch.randn(correct, generator=g))
         batch["n"] = torch.randn(correct, *self.network.shape, generator=g)
         return batch
@@ -431,8 +452,9 @@ class FlowMatching(nn.Module):
 
 
 class Embedder(nn.Module):
-    """A number per sample, (B,) -> (B, E): cosines and sines, then a small MLP. t is not multiplied
-    by 1000 as in DiT: a frequency above 1 multiplies the error of dF/ddelta, a part of D_G."""
+    """A number per sample, (B,) -> (B, E): cosines and sines, then a small MLP. DiT multiplies t by
+    1000, this file does not: an error of F that oscillates in t with a frequency above 1 is that
+    much larger in dF/ddelta, a part of D_G."""
 
     def __init__(self, E):
         super().__init__()
@@ -738,8 +760,8 @@ class Config:
             raise UserError(f"--guidance: the student is trained for 1 to {self.guidance_max}", 2)
 
 
-# Settings that may differ when a run continues, because they change its speed or what is measured.
-# (Micro-batches also change lambda, which each of them computes from its own rows.)
+# Settings that may differ when a run continues: those of speed and of measures, learning rates, and
+# names of things whose content is compared instead (recipe, data, teacher, student).
 MAY_CHANGE = {
     "recipe", "quick", "stage", "out", "debug", "data", "teacher", "student", "trust_teacher",
     "guidance", "learning_rate", "teacher_learning_rate", "critic_learning_rate", "device",
@@ -764,8 +786,8 @@ PRESETS = {
                  "teacher_learning_rate": 1e-4, "guidance_max": 3.0, "guidance": 1.4,
                  "ema_decay": 0.9999, "eval_samples": 2000},
 }
-# The paper's values where we know them (also correction_share, r_location, correction_interval), or
-# ours, which were measured on small models only.
+# paper: the paper's values where we know them; so are the defaults of correction_share and
+# r_location, and the correction_interval of pictures. fast: ours, measured on small models only.
 RECIPES = {"paper": {"prediction": "jvp", "decay": 1.0, "alpha": 1.0},
            "fast": {"prediction": "solver", "decay": 0.5, "alpha": 0.3, "delta_power": 1.5,
                     "end_share": 0.5, "ema_target": True, "correction_share": 0.125}}
@@ -903,8 +925,8 @@ def train(module, config, state=None):
         batch, sums = module.draw(state.step), []
         count = count_micro_batches(config, *{len(v) for v in batch.values()})
         for i in range(count):
-            # delta is ordered, so take strides: process 1 of 2 with 3 micro-batches has in the last
-            # of them (i = 2) the rows 5, 11, 17, ...
+            # delta is ordered, so take strides: of two processes with three micro-batches, RANK 1
+            # has in the last of them (i = 2) the rows 5, 11, 17, ...
             rows = slice(RANK * count + i, None, WORLD * count)
             part = {name: v[rows].to(device) for name, v in batch.items()}
             waits = WORLD > 1 and i < count - 1  # gradients are exchanged once, with the last part
