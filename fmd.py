@@ -63,7 +63,8 @@ from tqdm import tqdm
 # student's map moves, v_G = df/ddelta, with the teacher's u. Correction compares the velocity v_N
 # of the student's noised samples with u. Both start from z ~ N(0, I), the one distribution on which
 # teacher and student agree by construction. Data-based distillation starts from noised data, but a
-# guided or imperfect teacher passes through other states: the teacher-data mismatch.
+# guided or imperfect teacher passes through other states, where the student would never be trained:
+# the teacher-data mismatch.
 
 
 def expand(v):
@@ -97,8 +98,8 @@ class FlowMap:
         return z + expand(delta) * self.F(z, delta, y, guidance)
 
 
-# Runge-Kutta methods as (places, weights). Slopes after the first are evaluated at these fractions
-# of a step, each at the state reached along the slope before it. The weights average all slopes.
+# Runge-Kutta methods as (places, weights). places: the fractions of a step at which the slopes
+# after the first are evaluated, at the state reached along the slope before. weights average all.
 METHODS = {"euler": ([], [1]), "heun": ([1], [1 / 2, 1 / 2]),
            "rk4": ([1 / 2, 1 / 2, 1], [1 / 6, 1 / 3, 1 / 3, 1 / 6])}
 
@@ -138,7 +139,8 @@ def guided(teacher, guidance, interval=(0.0, 1.0)):
         t, y = t.expand(len(x)), y.expand(len(x))
         both = torch.cat([y, torch.full_like(y, teacher.num_classes)])
         labelled, null = teacher(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        is_inside = (interval[0] <= t) & (t <= interval[1])
+        inner = t.clamp(0, 1)  # a solver's last t may be rounded to a little less than 0
+        is_inside = (interval[0] <= inner) & (inner <= interval[1])
         gamma = torch.where(is_inside, guidance, 1.0)
         return null + expand(gamma) * (labelled - null)
 
@@ -152,10 +154,10 @@ def mean_square(D):
 
 # Why no_grad, the paper's stop-gradient sg: [8] is 1/2 ||F - target||^2, with the target F - D_G
 # held constant, and new at every step. If gradients went through the target too, [8] would be
-# 1/2 ||D_G||^2. This needs second derivatives: of F by weights and delta, and of u by its input.
-# And it can be lowered in a second way: by moving f to a place where u happens to be near v_G,
-# instead of turning v_G to u. Where D_G = 0 both ways agree, but training is not there yet.
-# (no_grad does not stop a jvp. Distiller computes F outside, where it needs a gradient.)
+# 1/2 ||D_G||^2. Its gradient also passes through dF/ddelta and u(f), which costs a second
+# derivative of F and a derivative of u. And by u(f) it can fall in a second way: f moves to a place
+# where u happens to be near v_G, instead of v_G to u. Where D_G = 0 both ways agree, but training
+# is not there yet. (no_grad does not stop a jvp. The F that is trained is computed in Distiller.)
 @torch.no_grad()
 def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp", h=0.005, F=None):
     """Predict: D_G = v_G - u(f, 1 - delta) [9], where v_G = df/ddelta = F + delta dF/ddelta.
@@ -186,9 +188,9 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
         raise ValueError(f"prediction_gradient: {form} is not jvp or difference")
     # Why u is evaluated at f: the ODE says df/ddelta = u(f, 1 - delta), and f is computed without
     # data and without a solver. The price: while f is wrong, u is evaluated at a wrong place, and
-    # errors compound. How much? Let L(s) be the rate at which u drives f and phi apart at progress
-    # s. Between modes L > 0 and errors grow; inside of a mode mostly L < 0 and they shrink. Until
-    # the end an error made at delta is multiplied by at most
+    # errors compound. How much? Let L(s) be the relative rate, d log||f - phi|| / ds, at which u
+    # drives them apart at progress s. Between modes L > 0 and errors grow; inside of a mode mostly
+    # L < 0 and they shrink. Until the end an error made at delta is multiplied by at most
     #     G(delta) = exp(integral of L(s) from delta to 1).
     # In sum (Gronwall's inequality)
     #     ||f(z, 1) - phi(z, 1)|| <= integral over delta of ||D_G(delta)|| G(delta).
@@ -201,18 +203,20 @@ def correction_gradient(v_N, u, x_r, r, y=None):
     """Correct: D_N = v_N - u(x_r, r) [11]. Returns a constant (B, C, H, W).
 
     v_N = E[x - n | x_r] for the student's samples x, noised: x_r = (1 - r) x + r n. Why the loss
-    F(z, 1) . D_N, with D_N constant, has the gradient of a KL divergence, in three steps:
+    F(z, 1) . D_N, with D_N constant, has the gradient of a KL divergence:
     1. The gradient of KL(student's x_r || teacher's x_r) is E[(dx_r/dtheta)^T (score of the
-       student's x_r - score of the teacher's)] [10].
+       student's x_r - score of the teacher's)] [10]. (The student's density changes too, but the
+       mean of this term is 0.)
     2. x_r = (1 - r) x + r n gives n = x_r - (1 - r) (x - n). So the score -E[n | x_r] / r is
        ((1 - r) v - x_r) / r, with v = v_N or u, and the scores differ by (1 - r) / r D_N.
     3. x = z + F(z, 1), so dx_r/dtheta = (1 - r) dF/dtheta.
     The factor (1 - r)^2 / r of the product is left out. A factor that depends on r alone only says
     how much each noise level counts: the loss still descends a weighted mean of KLs over r.
 
-    Why D_N is not zero even for a perfect student, if u is guided or learned: guidance mixes the
-    velocities of two distributions, and training leaves errors. The ODE of such a u still generates
-    samples, but noised again they have a velocity of their own, which is not exactly u.
+    Why D_N is not zero even for a perfect student and critic, if u is guided or learned: guidance
+    mixes the velocities of two distributions, and training leaves errors. The ODE of such a u still
+    generates samples, but noised again they have a velocity of their own, which is not exactly u.
+    So with it the KL of step 1 is only approximate.
     """
     return v_N - u(x_r, r, y)  # [11]
 
@@ -224,9 +228,9 @@ def decay(D, k):
     """D / (||D||^2 / d + eps)^k, per sample: the adaptive weight of MeanFlow (arXiv 2505.13447).
 
     What k does: with k = 0 the loss is the squared residual, and a few noises with large residuals
-    dominate it. With k = 1/2 all samples pull equally. With k = 1 large residuals are damped. Where
-    residuals are large the losses disagree: prediction pulls a sample to where the teacher's path
-    from its noise ends, correction to a mode that is near. So k matters only if there is a
+    dominate it. With k = 1/2 all samples pull about equally. With k = 1 large residuals are damped.
+    Where residuals are large the losses disagree: prediction pulls a sample to where the teacher's
+    path from its noise ends, correction to a mode that is near. So k matters only if there is a
     correction: without it the paper's FID (DiT-B/2) is 12 for any k, with it 43.5, 10.6, 5.6 for
     k = 0, 1/2, 1.
     """
@@ -241,7 +245,7 @@ def generator(*key):
 
     So a run that was interrupted continues with the same numbers. And on several GPUs all processes
     draw the same batch, of which each takes its own rows. Their number does not change the result,
-    up to rounding and, with micro-batches, lambda, which each of them computes from its own rows.
+    up to rounding. (With micro-batches it changes lambda, which is computed anew for each of them.)
     """
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
@@ -259,11 +263,11 @@ class Distiller(nn.Module):
     near u once the student is right. Each loss is a mean over its own rows: alpha is the weight of
     the correction, correction_share only says how many rows estimate it.
 
-    Why the correction has its own guidance interval: a guided u is not the velocity of any noised
-    samples, which makes D_N wrong, for some r more than for others. Outside of the interval, with
-    [0, 0.7] for about half of the rows, u is not guided, although student and critic still get the
-    strength. There the correction pulls to samples without guidance. The end 0.7 is the result of
-    an experiment of the paper: FID (DiT-B/2) is 5.6 with [0, 0.7] and 8.7 with [0, 1].
+    Why the correction has its own guidance interval: no noised samples have a guided u as velocity,
+    so D_N is biased. Outside of the interval, r > 0.7 for about half of the rows, u is not guided,
+    although student and critic get the strength: there the correction pulls to unguided samples.
+    That this is better is an experiment of the paper: FID (DiT-B/2) is 5.6 with [0, 0.7] and 8.7
+    with [0, 1].
     """
 
     def __init__(self, network, critic, teacher, config):
@@ -302,9 +306,9 @@ class Distiller(nn.Module):
             critic_loss = (v_N - (x - n)).square().mean()
             D_N = correction_gradient(v_N, u, x_r, r, y_N)  # a constant also for the critic
             if len(z_G):
-                # Why lambda: it gives D_N the size of D_G, so that the correction fades as the
-                # prediction succeeds. This is D_G before its decay: after it, at k = 1, its size is
-                # about 1 / ||D_G||, and lambda would grow.
+                # Why lambda: it scales D_N to the size of D_G before its decay, so the correction
+                # fades as the prediction succeeds. After decay, at k = 1, the size is about
+                # 1 / ||D_G||, and lambda would grow.
                 norms = torch.stack([mean_square(D).sqrt().mean() for D in (D_G, D_N)])
                 norm_G, norm_N = mean_over_processes(norms)
                 lambda_ = config.alpha * norm_G / (norm_N + EPS)
@@ -326,8 +330,8 @@ class Distiller(nn.Module):
         ODE is solved up to delta, in a few RK4 steps. f(z, delta) is compared with where that ends:
         D_G = (f - end) / h. As h -> 0 this is [9], if the jump is by the student's own weights.
         With averaged ones (ema_target) h must not be small, since it divides the difference of two
-        students. Returns D_G and the weight h / delta, (B,). Their product is the error of F
-        itself, (f - end) / delta, which the loss takes.
+        students. Returns D_G and the weight h / delta, (B,). lambda takes D_G, a velocity like D_N;
+        the loss takes their product, the error of F itself, (f - end) / delta.
         """
         start = (self.ema_student or self.student).f(z, delta - h, y, guidance)
         end = solve_ode(u, start, self.config.solver_steps, "rk4", y, t=1 - delta + h, length=h)
@@ -340,12 +344,11 @@ class Distiller(nn.Module):
         correct = config.corrections  # rows that correct
         predict = config.batch_size - correct
         batch = {**self.draw_prior(predict, "_G", g), **self.draw_prior(correct, "_N", g)}
-        # Form solver compares states: a row at delta = 1 trains the sample itself, and in recipe
-        # fast half of the rows lie there. The other forms compare velocities: there a row at
-        # delta = 1 would not mend errors made earlier, so their rows cover all delta.
-        ends = round(config.end_share * predict) if config.prediction == "solver" else 0
         # delta = 1 - U^power. (0, 1) is cut into as many equal parts as there are rows, and each
-        # row draws its U in its own part. So delta is ordered.
+        # row draws its U in its own part. So delta is ordered. Of form solver, end_share of the
+        # rows have delta = 1 instead: it compares states, so they train the sample itself. The
+        # other forms compare velocities, and at delta = 1 would not mend errors made earlier.
+        ends = round(config.end_share * predict) if config.prediction == "solver" else 0
         parts = torch.arange(predict - ends) + torch.rand(predict - ends, generator=g)
         delta = 1 - (parts / max(1, predict - ends)) ** config.delta_power
         batch["delta"] = torch.cat([delta.clamp(min=1e-3), torch.ones(ends)])  # solver divides
@@ -453,8 +456,7 @@ class FlowMatching(nn.Module):
 
 class Embedder(nn.Module):
     """A number per sample, (B,) -> (B, E): cosines and sines, then a small MLP. DiT multiplies t by
-    1000, this file does not: an error of F that oscillates in t with a frequency above 1 is that
-    much larger in dF/ddelta, a part of D_G."""
+    1000, this file does not: high frequencies in t multiply errors of F in dF/ddelta."""
 
     def __init__(self, E):
         super().__init__()
@@ -786,12 +788,12 @@ PRESETS = {
                  "teacher_learning_rate": 1e-4, "guidance_max": 3.0, "guidance": 1.4,
                  "ema_decay": 0.9999, "eval_samples": 2000},
 }
-# paper: the paper's values where we know them; so are the defaults of correction_share and
+# paper: the paper's values where we know them, as are the defaults of correction_share and
 # r_location, and the correction_interval of pictures. fast: ours, measured on small models only.
 RECIPES = {"paper": {"prediction": "jvp", "decay": 1.0, "alpha": 1.0},
            "fast": {"prediction": "solver", "decay": 0.5, "alpha": 0.3, "delta_power": 1.5,
                     "end_share": 0.5, "ema_target": True, "correction_share": 0.125}}
-# Minutes on two cores. With alpha 1 and these learning rates digits are unstable.
+# Minutes on two cores. From the start, with these learning rates, alpha 1 makes digits unstable.
 SMALL = {"hidden_size": 96, "depth": 4, "num_heads": 3, "patch_size": 4, "batch_size": 32,
          "teacher_steps": 5000, "teacher_learning_rate": 2e-3, "steps": 4000, "eval_samples": 500,
          "learning_rate": 2e-3, "critic_learning_rate": 2e-3, "ema_decay": 0.995, "alpha": 0.3}

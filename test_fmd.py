@@ -176,6 +176,9 @@ def test_guidance_is_linear_inside_its_interval_and_one_call():
     assert_close(one, 2 * network(x, t[1:2], y[:1]) - network(x, t[1:2]))
     assert_close(fmd.guided(network, gamma)(x, t), null)
     assert fmd.guided(network, None) is network
+    rounded = torch.tensor([-1e-8]).double()  # a solver's last t is still inside
+    one, zero = (fmd.guided(network, gamma)(x, t, y) for t in (rounded, 0 * rounded))
+    assert_close(one, zero, rtol=0, atol=1e-6)
 
 
 def test_map_and_decay_by_hand():
