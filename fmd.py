@@ -1480,7 +1480,8 @@ def make_parser():
                tuple: {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}}
     for f in dataclasses.fields(Config):
         kind = special.get(f.type, {"type": f.type, "choices": f.metadata["choices"]})
-        text = f"{f.metadata['help']} ({f.default}; toys: {getattr(make_config(), f.name)})"
+        defaults = dict.fromkeys([f.default, getattr(make_config(), f.name)])  # two, if they differ
+        text = f"{f.metadata['help']} ({', toys: '.join(map(str, defaults))})".removesuffix(" ()")
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
     return parser
 

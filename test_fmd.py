@@ -18,6 +18,7 @@ import urllib.request
 from pathlib import Path
 
 import diffusers
+import filelock
 import nbformat
 import numpy as np
 import PIL.Image
@@ -901,6 +902,11 @@ def test_the_folder_is_the_run(finished, tmp_path, monkeypatch, capsys):
     for flags in ([], ["--seed", "3"], []):
         run(*TINY, *flags)
     assert {p.name for p in Path("runs").iterdir()} == {"toy2d", "toy2d-2"}
+    lock = filelock.FileLock("runs/toy2d/lock", timeout=0)
+    with monkeypatch.context() as m:  # another run's folder stays free
+        m.setattr(fmd, "run_stages", lambda *_: lock.acquire())
+        run(*TINY, "--seed", "3")
+    lock.release()
     run("--stage", "sample", "--samples", 3)
     assert Path("runs/toy2d/samples.npz").exists()  # the newest: the first was measured again
     # data of the same name with other contents, and another teacher
