@@ -98,8 +98,8 @@ class FlowMap:
         return z + expand(delta) * self.F(z, delta, y, guidance)
 
 
-# Runge-Kutta methods as (places, weights). places: the fractions of a step at which the slopes
-# after the first are evaluated, at the state reached along the slope before. weights average all.
+# Runge-Kutta methods as (places, weights). places: how far into a step each further slope is
+# evaluated, along the slope before it. weights average all slopes.
 METHODS = {"euler": ([], [1]), "heun": ([1], [1 / 2, 1 / 2]),
            "rk4": ([1 / 2, 1 / 2, 1], [1 / 6, 1 / 3, 1 / 3, 1 / 6])}
 
@@ -156,8 +156,8 @@ def mean_square(D):
 # held constant, and new at every step. If gradients went through the target too, [8] would be
 # 1/2 ||D_G||^2. Its gradient also passes through dF/ddelta and u(f), which costs a second
 # derivative of F and a derivative of u. And by u(f) it can fall in a second way: f moves to a place
-# where u happens to be near v_G, instead of v_G to u. Where D_G = 0 both ways agree, but training
-# is not there yet. (no_grad does not stop a jvp. The F that is trained is computed in Distiller.)
+# where u happens to be near v_G, instead of v_G to u. Where D_G = 0 both gradients vanish, but
+# training is not there yet. (no_grad does not stop a jvp; Distiller computes the trained F itself.)
 @torch.no_grad()
 def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp", h=0.005, F=None):
     """Predict: D_G = v_G - u(f, 1 - delta) [9], where v_G = df/ddelta = F + delta dF/ddelta.
@@ -173,7 +173,7 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     if F is None:
         F = student.F(z, delta, y, guidance)
     # Why a partial derivative: one noise z has one path, and only delta moves along it. In MeanFlow
-    # the start of the path moves too, so its identity has a total derivative.
+    # the start of the jump moves too, so its identity has a total derivative.
     if form == "jvp":
         delta = delta.contiguous()  # jvp refuses an expanded tensor
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode derivative
@@ -188,9 +188,9 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
         raise ValueError(f"prediction_gradient: {form} is not jvp or difference")
     # Why u is evaluated at f: the ODE says df/ddelta = u(f, 1 - delta), and f is computed without
     # data and without a solver. The price: while f is wrong, u is evaluated at a wrong place, and
-    # errors compound. How much? Let L(s) be the relative rate, d log||f - phi|| / ds, at which u
-    # drives them apart at progress s. Between modes L > 0 and errors grow; inside of a mode mostly
-    # L < 0 and they shrink. Until the end an error made at delta is multiplied by at most
+    # errors compound. How much? Let L(s) be the part of d log||f - phi|| / ds at progress s that
+    # u(f) - u(phi) causes. Between modes L > 0 and errors grow; inside of a mode mostly L < 0 and
+    # they shrink. Until the end an error made at delta is multiplied by at most
     #     G(delta) = exp(integral of L(s) from delta to 1).
     # In sum (Gronwall's inequality)
     #     ||f(z, 1) - phi(z, 1)|| <= integral over delta of ||D_G(delta)|| G(delta).
@@ -214,9 +214,9 @@ def correction_gradient(v_N, u, x_r, r, y=None):
     how much each noise level counts: the loss still descends a weighted mean of KLs over r.
 
     Why D_N is not zero even for a perfect student and critic, if u is guided or learned: guidance
-    mixes the velocities of two distributions, and training leaves errors. The ODE of such a u still
-    generates samples, but noised again they have a velocity of their own, which is not exactly u.
-    So with it the KL of step 1 is only approximate.
+    mixes the velocities of two distributions, and training leaves errors. What the ODE of such a u
+    generates has, noised again, a velocity of its own, which is not exactly u. So for such a u the
+    KL of step 1 is only approximate.
     """
     return v_N - u(x_r, r, y)  # [11]
 
@@ -230,9 +230,8 @@ def decay(D, k):
     What k does: with k = 0 the loss is the squared residual, and a few noises with large residuals
     dominate it. With k = 1/2 all samples pull about equally. With k = 1 large residuals are damped.
     Where residuals are large the losses disagree: prediction pulls a sample to where the teacher's
-    path from its noise ends, correction to a mode that is near. So k matters only if there is a
-    correction: without it the paper's FID (DiT-B/2) is 12 for any k, with it 43.5, 10.6, 5.6 for
-    k = 0, 1/2, 1.
+    path from its noise ends, correction to a mode that is near. So k matters with a correction:
+    the paper's FID (DiT-B/2) is then 43.5, 10.6, 5.6 for k = 0, 1/2, 1, and without one 12 for any.
     """
     return D / expand((mean_square(D) + EPS) ** k)
 
@@ -259,15 +258,14 @@ class Distiller(nn.Module):
     defaults, which are the paper's where we know them: prediction "jvp", decay k = 1, alpha = 1,
     correction_share 1/4, r_location 0.8, delta_power 1, and the intervals in which u is guided.
 
-    Both networks start as copies of the teacher. For the student see FlowMap. The critic's goal is
-    near u once the student is right. Each loss is a mean over its own rows: alpha is the weight of
-    the correction, correction_share only says how many rows estimate it.
+    Both networks start as copies of the teacher. Why: for the student see FlowMap; the critic's v_N
+    is near u in the end. Each loss is a mean over its own rows: alpha is the weight of the
+    correction, correction_share only says how many rows estimate it.
 
     Why the correction has its own guidance interval: no noised samples have a guided u as velocity,
-    so D_N is biased. Outside of the interval, r > 0.7 for about half of the rows, u is not guided,
+    so a guided D_N is biased. With [0, 0.7] u is unguided for r > 0.7, about half of the rows,
     although student and critic get the strength: there the correction pulls to unguided samples.
-    That this is better is an experiment of the paper: FID (DiT-B/2) is 5.6 with [0, 0.7] and 8.7
-    with [0, 1].
+    That this is better is an experiment of the paper: FID (DiT-B/2) is 5.6, with [0, 1] it is 8.7.
     """
 
     def __init__(self, network, critic, teacher, config):
@@ -314,7 +312,7 @@ class Distiller(nn.Module):
                 lambda_ = config.alpha * norm_G / (norm_N + EPS)
             # D_N is not decayed: with another weight for each row, by its own D_N, this would not
             # be the gradient of a KL. lambda is one number for all rows.
-            loss = loss + lambda_ * (F * D_N).mean()  # [10]
+            loss = loss + lambda_ * (F * D_N).mean()  # its gradient is [10]
             loss = loss + critic_loss  # trains the critic alone, since x is detached
             metrics["correction"] = mean_square(D_N).mean()
             metrics["critic"] = critic_loss.detach()
@@ -329,7 +327,7 @@ class Distiller(nn.Module):
         The student jumps from z to delta - h, the start of an interval. From there the teacher's
         ODE is solved up to delta, in a few RK4 steps. f(z, delta) is compared with where that ends:
         D_G = (f - end) / h. As h -> 0 this is [9], if the jump is by the student's own weights.
-        With averaged ones (ema_target) h must not be small, since it divides the difference of two
+        With averaged ones (ema_target) a short interval would be lost in the difference of the two
         students. Returns D_G and the weight h / delta, (B,). lambda takes D_G, a velocity like D_N;
         the loss takes their product, the error of F itself, (f - end) / delta.
         """
@@ -897,7 +895,7 @@ class TrainState:
     def keep(self, path):
         """Process 0 writes a checkpoint, and the log beside it. Not in it: states of random
         generators, since draw(step) depends on seed and step only; data; the teacher, a file of its
-        own. After a kill up to CHECKPOINT_INTERVAL steps are computed again."""
+        own. After SIGKILL up to CHECKPOINT_INTERVAL steps are computed again."""
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         checkpoint = {"kind": path.stem, "config": dataclasses.asdict(self.config), "log": self.log,
                       "network": self.ema.settings, "step": self.step, **parts}
@@ -921,7 +919,7 @@ def train(module, config, state=None):
     parallel = module
     if WORLD > 1:
         # Why DDP wraps the loss, not a network: it synchronises the gradients of what its own
-        # forward computes. An F computed by an inner network would silently stay unsynchronised.
+        # forward computes. It would silently leave out an F that module.network computes alone.
         parallel = nn.parallel.DistributedDataParallel(module)
     while state.step < config.steps:
         batch, sums = module.draw(state.step), []
@@ -1438,7 +1436,7 @@ def summarise(recent, seconds, module, config):
 def run_stage(kind, module, config, out, score=None):
     """Train, from the checkpoint out/<kind>.pt if it is there: on a CPU to the same bits as without
     a break. score(network) -> endpoint error. Returns the averaged network and the log. At Ctrl-C
-    or a kill the step ends and is saved; then UserError."""
+    or SIGTERM the step ends and is saved; then UserError."""
     path, state = out / f"{kind}.pt", TrainState(module, config)
     if path.exists():
         with explained(f"{path} cannot be continued: give another --out"):
