@@ -290,8 +290,7 @@ class Distiller(nn.Module):
                                           config.prediction, F=F)
             metrics["prediction"] = mean_square(D_G).mean()
             # Why F * sg(D): its gradient is (dF/dtheta)^T D, that of 1/2 ||F - sg(F - D)||^2 [8].
-            # Only the gradient has a meaning. The value is an inner product of either sign, and it
-            # need not fall: watch ||D_G||^2, above, and endpoint_error.
+            # The value, an inner product of either sign, need not fall: watch ||D_G||^2, above.
             loss = loss + (F * decay(expand(weight) * D_G, config.decay)).mean()  # [8], by [9]
         if len(z_N):  # Correct, at delta = 1, where samples are: the paper found no gain elsewhere
             u = guided(self.teacher, guidance_N, config.correction_interval)
@@ -304,9 +303,8 @@ class Distiller(nn.Module):
             critic_loss = (v_N - (x - n)).square().mean()
             D_N = correction_gradient(v_N, u, x_r, r, y_N)  # a constant also for the critic
             if len(z_G):
-                # Why lambda: it scales D_N to the size of D_G before its decay, so the correction
-                # fades as the prediction succeeds. After decay, at k = 1, the size is about
-                # 1 / ||D_G||, and lambda would grow.
+                # Why lambda: it scales D_N to the size of D_G, so the correction fades as the
+                # prediction succeeds. Decayed, at k = 1, D_G has a size of about 1 / ||D_G||.
                 norms = torch.stack([mean_square(D).sqrt().mean() for D in (D_G, D_N)])
                 norm_G, norm_N = mean_over_processes(norms)
                 lambda_ = config.alpha * norm_G / (norm_N + EPS)
@@ -314,9 +312,8 @@ class Distiller(nn.Module):
             # be the gradient of a KL. lambda is one number for all rows.
             loss = loss + lambda_ * (F * D_N).mean()  # its gradient is [10]
             loss = loss + critic_loss  # trains the critic alone, since x is detached
-            metrics["correction"] = mean_square(D_N).mean()
-            metrics["critic"] = critic_loss.detach()
-            metrics["lambda"] = torch.as_tensor(lambda_, device=r.device)
+            metrics |= {"correction": mean_square(D_N).mean(), "critic": critic_loss.detach(),
+                        "lambda": torch.as_tensor(lambda_, device=r.device)}
         return loss, metrics
 
     @torch.no_grad()
