@@ -1450,12 +1450,17 @@ def judge_digits(folder, teacher_path, *student_paths):
     line = "{}, strength {:g}: distance {:.3f}, label {:.3f}"
     print(line.format("other digits", 1, *judge.floor))
     z, y = fmd.draw_noise(teacher, 1000, fmd.generator(98)), torch.arange(1000) % 10
-    students = [fmd.load_student(path) for path in student_paths]
+    students = {path: fmd.load_student(path) for path in student_paths}
     for strength in torch.tensor([[1.0], [2.0]]):
         u = fmd.guided(teacher, strength)
-        sets = [fmd.in_batches(lambda z, y, u=u: fmd.solve_ode(u, z, 8, "rk4", y), z, y)]
-        sets += [fmd.jump(student, z, y, strength) for student in students]
-        for name, x in zip((teacher_path, *student_paths), sets):
+        sets = {teacher_path: fmd.in_batches(
+            lambda z, y, u=u: fmd.solve_ode(u, z, 8, "rk4", y), z, y)}
+        for path, student in students.items():
+            if student.network.settings["guidance"]:
+                sets[path] = fmd.jump(student, z, y, strength)
+            elif strength == 1:
+                sets[path] = fmd.jump(student, z, y)
+        for name, x in sets.items():
             print(line.format(name, strength.item(), *judge.score(x, y)), flush=True)
 
 
