@@ -1475,6 +1475,20 @@ def test_digits_are_judged(digits):
     assert judge.floor[1] > 0.9 and right > 0.9 and wrong < 0.3 and far > 3 * near
 
 
+def test_students_with_and_without_guidance_are_judged(digits, tmp_path, capsys):
+    guided, plain = tmp_path / "guided", tmp_path / "plain"
+    run("--dataset", "mnist", "--data", digits[0], "--out", guided, *TINY_PICTURES)
+    flags = [*TINY_PICTURES[:1], *TINY_PICTURES[9:11], *TINY_PICTURES[13:]]
+    teacher = guided / "teacher.pt"
+    run("--teacher", teacher, "--out", plain, *flags, "--guidance-max", "1", "--guidance", "1")
+    capsys.readouterr()
+    judge_digits(digits[0], teacher, guided / "student.pt", plain / "student.pt")
+    lines = [line.split(", strength ") for line in capsys.readouterr().out.splitlines()]
+    names = ["other digits", *map(str, (teacher, guided / "student.pt", plain / "student.pt"))]
+    assert [name for name, _ in lines] == names + names[1:3]
+    assert [float(rest[0]) for _, rest in lines] == [1, 1, 1, 1, 2, 2]
+
+
 # --- Processes -----------------------------------------------------------------------------------
 
 
