@@ -303,8 +303,8 @@ class Distiller(nn.Module):
             critic_loss = (v_N - (x - n)).square().mean()
             D_N = correction_gradient(v_N, u, x_r, r, y_N)  # a constant also for the critic
             if len(z_G):
-                # Why lambda: it scales D_N to the size of D_G, so the correction fades as the
-                # prediction succeeds. Decayed, at k = 1, D_G has a size of about 1 / ||D_G||.
+                # Why lambda: it scales D_N to the size that D_G has before decay, so the correction
+                # fades as the prediction succeeds. After decay, at k = 1, it is 1 / ||D_G||.
                 norms = torch.stack([mean_square(D).sqrt().mean() for D in (D_G, D_N)])
                 norm_G, norm_N = mean_over_processes(norms)
                 lambda_ = config.alpha * norm_G / (norm_N + EPS)
@@ -1236,7 +1236,8 @@ def load_latents(path):
         raise ValueError(f"{x.dtype} of shape {x.shape}, labels {y.dtype} of shape {y.shape}")
     spread = x[:: math.ceil(len(x) / 256)].astype(np.float32).std()
     if not 0.4 < spread < 2.5 or x.shape[1] == 8:  # 8 channels are means and deviations
-        raise ValueError(f"deviation {spread:.3g}: give scaling_factor x samples of the posterior")
+        raise ValueError(f"{x.shape[1]} channels, deviation {spread:.3g}: give scaling_factor x "
+                         "samples of the posterior")
     classes, y = np.unique(y, return_inverse=True)
     if RANK == 0:
         print(f"{path}: {len(classes)} classes, here from 0 on: {classes[0]} to {classes[-1]}")
@@ -1250,7 +1251,7 @@ def open_data(config):
     if config.dataset == "imagenet":
         with explained("give a --teacher, or --data FILE.npy, latents with FILE_labels.npy"):
             return load_latents(config.data)
-    with explained(f"{config.dataset} is not in --data {config.data} and cannot be downloaded"):
+    with explained(f"--data {config.data}: go online, or give a folder with {config.dataset}"):
         source = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}[config.dataset]
         if RANK == 0:  # one process downloads, the others wait
             source(config.data, download=True)
@@ -1316,7 +1317,7 @@ def find_format(tensors, settings, told=""):
     words = [str(settings.get(k, "")) for k in ("prediction", "path_type", "model")]
     if (words[0] not in ("", "velocity", "v") or words[1] not in ("", "linear", "Linear")
             or words[2].startswith("DiT")):
-        raise ValueError(f"it has {words}; give one that predicts velocities of linear paths")
+        raise ValueError(f"prediction, path, model are {words}: give a velocity of linear paths")
     _, C, p, _ = tensors["x_embedder.proj.weight"].shape
     # SiT has twice the output channels, of which the second half is unused. REPA has projectors.
     is_double = len(tensors["final_layer.linear.bias"]) == 2 * C * p * p
@@ -1368,8 +1369,8 @@ def read_public(file, teacher_format="", num_heads=0):
 
 
 def infer_settings(tensors, num_heads=0):
-    """Settings of a DiT with these tensors. The number of heads is in no file
-    without qk_norm: then it is that of SiT and REPA with this width."""
+    """Settings of a DiT with these tensors. Without qk_norm no tensor tells the number of heads:
+    then it is that of a SiT or REPA of this width."""
     E, C, p, _ = tensors["x_embedder.proj.weight"].shape
     heads = num_heads or (16 if E == 1152 else max(1, E // 64))  # XL has 16
     qk_norm = "blocks.0.attn.q_norm.weight" in tensors

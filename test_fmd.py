@@ -713,10 +713,10 @@ CASES = [(loss, *change) for loss in LOSSES for change in CHANGES
 
 @pytest.mark.parametrize("loss, change, value, tolerance", CASES)
 def test_how_a_step_is_computed_changes_rounding_only(loss, change, value, tolerance, monkeypatch):
-    # lambda held fixed: of what is averaged only the norms of D_G and D_N are two numbers
-    norms = torch.tensor([2.0, 5.0])
-    fixed = {"teacher": lambda v: v}.get(loss, lambda v: norms if len(v) == 2 else v)
-    monkeypatch.setattr(fmd, "mean_over_processes", fixed)
+    def averaged(v):  # lambda held fixed: of a student only the norms of D_G and D_N are two
+        return torch.tensor([2.0, 5.0]) if loss != "teacher" and len(v) == 2 else v
+
+    monkeypatch.setattr(fmd, "mean_over_processes", averaged)
     graphs = []  # what is compiled; to compile it for real takes minutes
     compile = functools.partial(nn.Module.compile, backend=lambda g, _: graphs.append(g) or g)
     monkeypatch.setattr(fmd.DiT, "compile", lambda self: compile(self))
@@ -1236,7 +1236,7 @@ def test_latents_that_are_refused(kind, tmp_path, capsys):
     flags = ["--dataset", "imagenet", "--data", path, "--out", tmp_path / "out", *TINY_LATENTS]
     line = run(*flags, status=1, capsys=capsys)
     assert "--data FILE.npy" in line and not (tmp_path / "out").exists()
-    remedy = {"channels": "posterior", "spread": "scaling_factor"}
+    remedy = {"channels": "8 channels", "spread": "scaling_factor"}
     assert remedy.get(kind, "") in line
 
 
