@@ -59,12 +59,10 @@ from tqdm import tqdm
 
 # 1. The method -----------------------------------------------------------------------------------
 # A teacher is anything that can be called as u(x, t, y) and returns a velocity. The student learns
-# its flow map from noise alone, with two losses. Prediction compares the velocity with which the
-# student's map moves, v_G = df/ddelta, with the teacher's u. Correction compares the velocity v_N
-# of the student's noised samples with u. Both start from z ~ N(0, I), the one distribution on which
-# teacher and student agree by construction. Data-based distillation starts from noised data, but a
-# guided or imperfect teacher passes through other states, where the student would never be trained:
-# the teacher-data mismatch.
+# its flow map with two losses: prediction compares v_G with u, correction compares v_N with u.
+# Why from noise alone: z ~ N(0, I) is the one distribution on which teacher and student agree by
+# construction. Other methods start from noised data, but a guided or imperfect teacher passes
+# through other states, where the student would never be trained (the teacher-data mismatch).
 
 
 def expand(v):
@@ -81,16 +79,15 @@ class FlowMap:
     """The student: a velocity network read as F, the average velocity from t = 1 to t = 1 - delta.
 
     Why it starts with the teacher's weights: over an interval of length 0 the average velocity is
-    the velocity at its start, F(z, 0) = u(z, 1). These weights return just that, if there is no
-    guidance. Training then extends what is right at delta = 0 to larger delta.
+    the velocity at its start, F(z, 0) = u(z, 1). So without guidance they are right at delta = 0.
     """
 
     def __init__(self, network):
         self.network = network
 
     def F(self, z, delta, y=None, guidance=None):
-        """Average velocity F(z, delta), (B, C, H, W). delta: (B,) or (1,) in [0, 1]. The network
-        always gets the noise z; its time only says how far the jump goes."""
+        """F(z, delta), (B, C, H, W). delta: (B,) or (1,) in [0, 1]. The network's input is always
+        the noise z; its time only says how far the jump goes."""
         return self.network(z, 1 - delta, y, guidance)
 
     def f(self, z, delta, y=None, guidance=None):
@@ -106,10 +103,10 @@ METHODS = {"euler": ([], [1]), "heun": ([1], [1 / 2, 1 / 2]),
 
 @torch.no_grad()
 def solve_ode(u, z, steps, method="heun", y=None, return_path=False, t=1.0, length=1.0):
-    """Integrate dx/d(delta) = u(x, 1 - delta) in `steps` equal steps of Euler, Heun or RK4.
-    By default from noise z at t = 1 to a sample phi(z, 1) at t = 0; with t and length, numbers or
-    (B,), from states z at times t to times t - length. Returns the last state (B, C, H, W), or with
-    return_path all, (steps + 1, B, C, H, W). Raises ValueError for no steps or another method."""
+    """Integrate dx/d(delta) = u(x, 1 - delta) in `steps` equal steps, from states z at times t to
+    times t - length: numbers or (B,), by default from noise to the sample phi(z, 1). Returns the
+    last state (B, C, H, W), or with return_path all of them, (steps + 1, B, C, H, W). Raises
+    ValueError for no steps or another method."""
     if steps < 1 or method not in METHODS:
         raise ValueError(f"solve_ode: {steps} steps of {method}; give 1 or more of {[*METHODS]}")
     places, weights = METHODS[method]
@@ -152,23 +149,20 @@ def mean_square(D):
     return D.flatten(1).square().mean(1)
 
 
-# Why no_grad, the paper's stop-gradient sg: [8] is 1/2 ||F - target||^2, with the target F - D_G
-# held constant, and new at every step. If gradients went through the target too, [8] would be
-# 1/2 ||D_G||^2. Its gradient also passes through dF/ddelta and u(f), which costs a second
-# derivative of F and a derivative of u. And by u(f) it can fall in a second way: f moves to a place
-# where u happens to be near v_G, instead of v_G to u. Where D_G = 0 both gradients vanish, but
-# training is not there yet. (no_grad does not stop a jvp; Distiller computes the trained F itself.)
+# Why no_grad, the paper's stop-gradient sg: [8] is regression, 1/2 ||F - sg(F - D_G)||^2. The
+# target is held constant and computed anew at every step. Gradients through it would cost a second
+# derivative of F and a derivative of u. And the loss could then fall in a wrong way, by moving f to
+# where u happens to be near v_G. (no_grad does not stop the jvp.)
 @torch.no_grad()
 def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp", h=0.005, F=None):
     """Predict: D_G = v_G - u(f, 1 - delta) [9], where v_G = df/ddelta = F + delta dF/ddelta.
 
     [7] says that v_G = u(f, 1 - delta). If it holds for all z and delta, f = phi: f(z, 0) = z, and
-    an ODE has one solution from each start. Returns (B, C, H, W).
+    an ODE has one solution from each start. Returns (B, C, H, W). F: F(z, delta), if it is known.
 
     form: how dF/ddelta is computed. Raises ValueError for another form.
       jvp         forward-mode derivative, exact for these weights
       difference  (F(z, delta + h) - F(z, delta - h)) / 2h, one-sided at the ends; h: number or (B,)
-    F: F(z, delta), if it is known.
     """
     if F is None:
         F = student.F(z, delta, y, guidance)
@@ -188,12 +182,9 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
         raise ValueError(f"prediction_gradient: {form} is not jvp or difference")
     # Why u is evaluated at f: the ODE says df/ddelta = u(f, 1 - delta), and f is computed without
     # data and without a solver. The price: while f is wrong, u is evaluated at a wrong place, and
-    # errors compound. How much? Let L(s) be the part of d log||f - phi|| / ds at progress s that
-    # u(f) - u(phi) causes. Between modes L > 0 and errors grow; inside of a mode mostly L < 0 and
-    # they shrink. Until the end an error made at delta is multiplied by at most
-    #     G(delta) = exp(integral of L(s) from delta to 1).
-    # In sum (Gronwall's inequality)
-    #     ||f(z, 1) - phi(z, 1)|| <= integral over delta of ||D_G(delta)|| G(delta).
+    # errors compound. Let L(s) be the rate at which u moves f and phi apart at progress s: L > 0
+    # between modes, mostly L < 0 inside of one. Then (Gronwall's inequality) ||f - phi|| at 1 is
+    # at most the integral over delta of ||D_G(delta)|| exp(integral of L from delta to 1).
     f = z + expand(delta) * F
     return F + expand(delta) * dF - u(f, 1 - delta, y)  # [7] as a residual: D_G of [9]
 
@@ -203,20 +194,14 @@ def correction_gradient(v_N, u, x_r, r, y=None):
     """Correct: D_N = v_N - u(x_r, r) [11]. Returns a constant (B, C, H, W).
 
     v_N = E[x - n | x_r] for the student's samples x, noised: x_r = (1 - r) x + r n. Why the loss
-    F(z, 1) . D_N, with D_N constant, has the gradient of a KL divergence:
-    1. The gradient of KL(student's x_r || teacher's x_r) is E[(dx_r/dtheta)^T (score of the
-       student's x_r - score of the teacher's)] [10]. (The student's density changes too, but the
-       mean of this term is 0.)
-    2. x_r = (1 - r) x + r n gives n = x_r - (1 - r) (x - n). So the score -E[n | x_r] / r is
-       ((1 - r) v - x_r) / r, with v = v_N or u, and the scores differ by (1 - r) / r D_N.
-    3. x = z + F(z, 1), so dx_r/dtheta = (1 - r) dF/dtheta.
-    The factor (1 - r)^2 / r of the product is left out. A factor that depends on r alone only says
-    how much each noise level counts: the loss still descends a weighted mean of KLs over r.
+    F(z, 1) . D_N has the gradient of a KL divergence: that of KL(student's x_r || teacher's x_r) is
+    E[(dx_r/dtheta)^T (difference of their scores)] [10]. A score is ((1 - r) v - x_r) / r, with v
+    the velocity of the same distribution, so the scores differ by (1 - r) / r D_N. And x is
+    z + F(z, 1), so dx_r/dtheta = (1 - r) dF/dtheta. The factor (1 - r)^2 / r of the product is left
+    out: it only says how much each noise level counts.
 
-    Why D_N is not zero even for a perfect student and critic, if u is guided or learned: guidance
-    mixes the velocities of two distributions, and training leaves errors. What the ODE of such a u
-    generates has, noised again, a velocity of its own, which is not exactly u. So for such a u the
-    KL of step 1 is only approximate.
+    Why D_N is not zero even for a perfect student, if u is guided or learned: such a u is not
+    exactly the velocity of any noised samples, also not of those that its own ODE generates.
     """
     return v_N - u(x_r, r, y)  # [11]
 
@@ -227,11 +212,10 @@ EPS = 1e-3  # keeps decay and lambda from dividing by zero; the paper's value is
 def decay(D, k):
     """D / (||D||^2 / d + eps)^k, per sample: the adaptive weight of MeanFlow (arXiv 2505.13447).
 
-    What k does: with k = 0 the loss is the squared residual, and a few noises with large residuals
-    dominate it. With k = 1/2 all samples pull about equally. With k = 1 large residuals are damped.
-    Where residuals are large the losses disagree: prediction pulls a sample to where the teacher's
-    path from its noise ends, correction to a mode that is near. So k matters with a correction:
-    the paper's FID (DiT-B/2) is then 43.5, 10.6, 5.6 for k = 0, 1/2, 1, and without one 12 for any.
+    What k does: with k = 0 (squared residual) a few noises with large residuals dominate. With 1/2
+    all samples pull about equally, with 1 large residuals are damped. There the losses disagree:
+    prediction pulls a sample to its own path's end, correction to a mode that is near. The paper's
+    FID (DiT-B/2) with both is 43.5, 10.6, 5.6 for k = 0, 1/2, 1; without a correction 12 for any.
     """
     return D / expand((mean_square(D) + EPS) ** k)
 
@@ -240,12 +224,9 @@ TEACHER, STUDENT, WEIGHTS, EVALUATION, SAMPLING = range(5)  # streams of random 
 
 
 def generator(*key):
-    """A random generator that depends only on the integers in `key`: seed, stream, step.
-
-    So a run that was interrupted continues with the same numbers. And on several GPUs all processes
-    draw the same batch, of which each takes its own rows. Their number does not change the result,
-    up to rounding. (With micro-batches it changes lambda, which is computed anew for each of them.)
-    """
+    """A random generator that depends only on the integers in `key`: seed, stream, step. So an
+    interrupted run continues with the same numbers. And all processes draw the same batch, of which
+    each takes its own rows: their number does not change the result, up to rounding."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
@@ -253,19 +234,14 @@ class Distiller(nn.Module):
     """The paper's loss. forward computes it for one training step: predict, correct, and train the
     critic. train and TrainState.update of section 6 change the weights.
 
-    network: a velocity network, read as the student's F; critic: another, which learns v_N;
-    teacher: u(x, t, y), never changed; config: a Config. What it holds for the method, with its
-    defaults, which are the paper's where we know them: prediction "jvp", decay k = 1, alpha = 1,
-    correction_share 1/4, r_location 0.8, delta_power 1, and the intervals in which u is guided.
-
-    Both networks start as copies of the teacher. Why: for the student see FlowMap; the critic's v_N
-    is near u in the end. Each loss is a mean over its own rows: alpha is the weight of the
-    correction, correction_share only says how many rows estimate it.
+    network: a velocity network, read as the student's F; critic: another, which learns v_N; both
+    start as copies of the teacher (v_N is near u in the end). teacher: u(x, t, y), never changed.
+    config: a Config. The paper has prediction "jvp", decay k = 1, alpha = 1, r_location 0.8 and
+    correction_share 1/4. Each loss is a mean over its own rows, so this share is not a weight.
 
     Why the correction has its own guidance interval: no noised samples have a guided u as velocity,
-    so a guided D_N is biased. With [0, 0.7] u is unguided for r > 0.7, about half of the rows,
-    although student and critic get the strength: there the correction pulls to unguided samples.
-    That this is better is an experiment of the paper: FID (DiT-B/2) is 5.6, with [0, 1] it is 8.7.
+    so a guided D_N is biased. With [0, 0.7] it is unguided for r > 0.7, about half of the rows, and
+    pulls to unguided samples there. FID (DiT-B/2) is 5.6 in the paper, 8.7 with [0, 1].
     """
 
     def __init__(self, network, critic, teacher, config):
@@ -290,7 +266,7 @@ class Distiller(nn.Module):
                                           config.prediction, F=F)
             metrics["prediction"] = mean_square(D_G).mean()
             # Why F * sg(D): its gradient is (dF/dtheta)^T D, that of 1/2 ||F - sg(F - D)||^2 [8].
-            # The value, an inner product of either sign, need not fall: watch ||D_G||^2, above.
+            # Its value, of either sign, means nothing: watch ||D_G||^2, above.
             loss = loss + (F * decay(expand(weight) * D_G, config.decay)).mean()  # [8], by [9]
         if len(z_N):  # Correct, at delta = 1, where samples are: the paper found no gain elsewhere
             u = guided(self.teacher, guidance_N, config.correction_interval)
@@ -303,13 +279,12 @@ class Distiller(nn.Module):
             critic_loss = (v_N - (x - n)).square().mean()
             D_N = correction_gradient(v_N, u, x_r, r, y_N)  # a constant also for the critic
             if len(z_G):
-                # Why lambda: it scales D_N to the size that D_G has before decay, so the correction
-                # fades as the prediction succeeds. After decay, at k = 1, it is 1 / ||D_G||.
+                # Why lambda: it gives D_N the size of D_G, before its decay, so the correction
+                # fades as the prediction succeeds. (D_G after its decay grows then, at k = 1.)
                 norms = torch.stack([mean_square(D).sqrt().mean() for D in (D_G, D_N)])
                 norm_G, norm_N = mean_over_processes(norms)
                 lambda_ = config.alpha * norm_G / (norm_N + EPS)
-            # D_N is not decayed: with another weight for each row, by its own D_N, this would not
-            # be the gradient of a KL. lambda is one number for all rows.
+            # D_N is not decayed: a weight for each row would make this no gradient of a KL.
             loss = loss + lambda_ * (F * D_N).mean()  # its gradient is [10]
             loss = loss + critic_loss  # trains the critic alone, since x is detached
             metrics |= {"correction": mean_square(D_N).mean(), "critic": critic_loss.detach(),
@@ -318,15 +293,13 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def solver_gradient(self, u, F, z, delta, h, y, guidance):
-        """The form `solver` of D_G, which is ours. It has no derivative: weights with a good F can
-        still have a poor dF/ddelta.
+        """The form `solver` of D_G, which is ours, without a derivative: weights with a good F can
+        still have a poor dF/ddelta. The student jumps to delta - h, from there the teacher's ODE is
+        solved up to delta, and D_G = (f - end) / h. As h -> 0 this is [9], if the jump is by the
+        student's own weights; by averaged ones (ema_target) a short interval says little.
 
-        The student jumps from z to delta - h, the start of an interval. From there the teacher's
-        ODE is solved up to delta, in a few RK4 steps. f(z, delta) is compared with where that ends:
-        D_G = (f - end) / h. As h -> 0 this is [9], if the jump is by the student's own weights.
-        With averaged ones (ema_target) a short interval would be lost in the difference of the two
-        students. Returns D_G and the weight h / delta, (B,). lambda takes D_G, a velocity like D_N;
-        the loss takes their product, the error of F itself, (f - end) / delta.
+        Returns D_G and the weight h / delta, (B,). lambda takes D_G, a velocity like D_N; the loss
+        takes their product, (f - end) / delta: the error of F itself.
         """
         start = (self.ema_student or self.student).f(z, delta - h, y, guidance)
         end = solve_ode(u, start, self.config.solver_steps, "rk4", y, t=1 - delta + h, length=h)
@@ -339,10 +312,9 @@ class Distiller(nn.Module):
         correct = config.corrections  # rows that correct
         predict = config.batch_size - correct
         batch = {**self.draw_prior(predict, "_G", g), **self.draw_prior(correct, "_N", g)}
-        # delta = 1 - U^power. (0, 1) is cut into as many equal parts as there are rows, and each
-        # row draws its U in its own part. So delta is ordered. Of form solver, end_share of the
-        # rows have delta = 1 instead: it compares states, so they train the sample itself. The
-        # other forms compare velocities, and at delta = 1 would not mend errors made earlier.
+        # delta = 1 - U^power, where U of row i is drawn in the i-th of equal parts of (0, 1). Form
+        # solver compares states, so end_share of its rows train the sample itself, at delta = 1.
+        # The other forms compare velocities, and there would not mend errors made earlier.
         ends = round(config.end_share * predict) if config.prediction == "solver" else 0
         parts = torch.arange(predict - ends) + torch.rand(predict - ends, generator=g)
         delta = 1 - (parts / max(1, predict - ends)) ** config.delta_power
@@ -350,10 +322,9 @@ class Distiller(nn.Module):
         if config.prediction == "solver":
             longest = config.solver_interval * (0.5 + 0.5 * torch.rand(predict, generator=g))
             batch["h"] = torch.minimum(longest, batch["delta"])
-        # Why r lies near the noise: with little noise the x_r of student and teacher hardly overlap
-        # where the student is wrong, and D_N says nothing about modes that it lacks. With much
-        # noise they overlap, and D_N moves whole modes and the share of samples in each. The median
-        # of r is sigmoid(0.8) = 0.69.
+        # Why r lies near the noise (median sigmoid(0.8) = 0.69): with little noise the x_r of
+        # student and teacher hardly overlap where the student is wrong, and D_N says nothing about
+        # modes that it lacks. With much noise D_N moves whole modes and their share of the samples.
         batch["r"] = torch.sigmoid(config.r_location + torch.randn(correct, generator=g))
         batch["n"] = torch.randn(correct, *self.network.shape, generator=g)
         return batch
@@ -593,31 +564,22 @@ TOYS = ("checkerboard", "gaussians", "moons", "spirals", "rings")
 
 
 def make_toy(name):
-    """One of TOYS as a GaussianMixture: on a grid or along curves, with a spread near 1. Raises
-    ValueError for another name."""
-    if name not in TOYS:
-        raise ValueError(f"make_toy: {name} is none of {TOYS}")
-    # Points are complex numbers x + iy, with one row of points for each label.
+    """One of TOYS as a GaussianMixture with a spread near 1. Raises KeyError for another name."""
 
     def circle(N):
         return torch.polar(torch.ones(N), math.tau * torch.arange(N) / N)
 
-    if name == "checkerboard":
-        cells = [x + 1j * y for x in range(-2, 2) for y in range(-2, 2) if (x - y) % 2 == 0]
-        grid = [x / 6 + 1j * y / 6 for x in range(6) for y in range(6)]
-        means = torch.tensor(cells)[:, None] + (torch.tensor(grid) + (1 + 1j) / 12)
-        blur = 0.08
-    elif name == "gaussians":
-        means, blur = 1.4 * circle(8)[:, None], 0.15
-    elif name == "moons":
-        moon = 1.4 * circle(192)[:96] - (0.7 + 0.35j)
-        means, blur = torch.stack([moon, -moon]), 0.08
-    elif name == "spirals":
-        part = ((torch.arange(96) + 0.5) / 96).sqrt()
-        arm = torch.polar(2 * part, 6 * part)
-        means, blur = torch.stack([arm, -arm]), 0.06
-    else:  # rings
-        means, blur = 1.15 * circle(3)[:, None] + 0.7 * circle(96), 0.06
+    cells = [x + 1j * y for x in range(-2, 2) for y in range(-2, 2) if (x - y) % 2 == 0]
+    grid = [x / 6 + 1j * y / 6 for x in range(6) for y in range(6)]
+    moon = 1.4 * circle(192)[:96] - (0.7 + 0.35j)
+    part = ((torch.arange(96) + 0.5) / 96).sqrt()
+    arm = torch.polar(2 * part, 6 * part)
+    means, blur = {  # complex numbers x + iy, with one row of means for each label
+        "checkerboard": (torch.tensor(cells)[:, None] + (torch.tensor(grid) + (1 + 1j) / 12), 0.08),
+        "gaussians": (1.4 * circle(8)[:, None], 0.15),
+        "moons": (torch.stack([moon, -moon]), 0.08),
+        "spirals": (torch.stack([arm, -arm]), 0.06),
+        "rings": (1.15 * circle(3)[:, None] + 0.7 * circle(96), 0.06)}[name]
     labels = torch.arange(len(means)).repeat_interleave(means.shape[1])
     return GaussianMixture(torch.view_as_real(means.flatten()), blur, labels, len(means))
 
@@ -1298,17 +1260,15 @@ WEIGHTS_IN = ("ema", "model_ema", "ema_model", "ema_state_dict", "shadow",  # av
 
 def unwrap(file):
     """Of a training script's file: its tensors, the keys that lead to them, and its settings."""
-    keys = []
-    tensors = file
+    keys, tensors = [], file
     while nested := [k for k in WEIGHTS_IN if isinstance(tensors.get(k), dict)]:
         keys.append(nested[0])
         tensors = tensors[nested[0]]
     prefix = re.compile(r"^((module|_orig_mod|model)\.)+")  # of DDP, torch.compile and others
     tensors = {prefix.sub("", name): v for name, v in tensors.items()}
-    settings = file.get("args", {})
-    if isinstance(settings, argparse.Namespace):
-        settings = vars(settings)
-    return tensors, keys, {k: v for k, v in {**file, **settings}.items() if not isinstance(v, dict)}
+    args = file.get("args", {})
+    settings = {**file, **getattr(args, "__dict__", args)}  # of an argparse.Namespace, or a dict
+    return tensors, keys, {k: v for k, v in settings.items() if not isinstance(v, dict)}
 
 
 def find_format(tensors, settings, told=""):
@@ -1362,10 +1322,8 @@ def read_public(file, teacher_format="", num_heads=0):
     classes = settings.get("num_classes", 1000 if len(table) == 1000 else len(table) - 1)
     if len(table) == classes:
         tensors["y_embedder.embedding_table.weight"] = torch.cat([table, table.mean(0)[None]])
-    dropout = settings.get("class_dropout_prob", settings.get("cfg_prob", 0.1))
-    return {"format": " ".join([kind, *keys]), "ema": tensors,
-            "network": infer_settings(tensors, num_heads),
-            "has_null": len(table) > classes and dropout > 0}
+    return {"format": " ".join([kind, *keys]), "ema": tensors, "has_null": len(table) > classes,
+            "network": infer_settings(tensors, num_heads)}
 
 
 def infer_settings(tensors, num_heads=0):
@@ -1488,8 +1446,8 @@ def claim_folder(config, **sources):
     UserError if another run or another process has it."""
     mine = {name: v for name, v in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
     mine = json.loads(json.dumps({**mine, **sources}))  # as it comes back from the file
-    names = [config.dataset, *(f"{config.dataset}-{i}" for i in range(2, 10000))]
-    for folder in [Path(config.out)] if config.out else [Path("runs", name) for name in names]:
+    for i in itertools.count(1):
+        folder = Path(config.out or f"runs/{config.dataset}-{i}".removesuffix("-1"))
         with explained(f"{folder} cannot be used: give another --out"):
             folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / "lock", timeout=0)
@@ -1502,9 +1460,11 @@ def claim_folder(config, **sources):
         if held and theirs in ({}, mine):
             save(file, lambda part: part.write(json.dumps(mine, indent=1).encode()))
             return folder, held
+        lock.release()
         if theirs == mine:
             raise UserError(f"{folder} is in use by another process: wait, or give another --out")
-        lock.release()
+        if config.out:
+            break
     other = next(name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name))
     raise UserError(f"--out {folder} holds a run with {flag(other)} {theirs.get(other)}, not "
                     f"{mine.get(other)}: give another --out, or the same settings", 2)
