@@ -98,9 +98,8 @@ def prediction(student, u, z, delta, y=None, form="jvp", h=0.005):
         return fmd.prediction_gradient(student, u, z, delta, y, form=form, h=h)
     distiller = fmd.Distiller(student.network, None, u, fmd.Config(solver_steps=1))
     h = torch.as_tensor(h, dtype=z.dtype).expand(len(delta))
-    D_G, weight = distiller.solver_gradient(u, student.F(z, delta, y), z, delta, h, y, None)
-    assert_close(weight, h / delta)
-    return D_G
+    D_G = distiller.solver_gradient(u, student.F(z, delta, y), z, delta, h, y, None)
+    return column(delta / h) * D_G  # it is h / delta times the others
 
 
 @pytest.mark.parametrize("form, h, tolerance", FORMS)
@@ -122,7 +121,6 @@ def test_forms_of_the_prediction_converge_to_each_other():
     for form, order in ("difference", 2), ("solver", 1):
         gaps = [(D_G(delta, form=form, h=h) - D_G(delta)).norm().item() for h in (0.02, 0.01)]
         assert math.log2(gaps[0] / gaps[1]) == pytest.approx(order, abs=0.2)
-        assert_close(D_G(delta, form=form, h=torch.full((6,), 0.1)), D_G(delta, form=form, h=0.1))
     for form, _, _ in FORMS:  # one delta for all, also as an expanded tensor
         one, each = delta[:1], D_G(delta[:1].repeat(6), form=form)
         assert_close(D_G(one, form=form), each)
@@ -204,14 +202,13 @@ def expected_step(distiller, b):
 
     if len(b["z_G"]):
         z, y, delta, h, gamma = (b.get(k) for k in ("z_G", "y_G", "delta", "h", "guidance_G"))
-        F, weight = network(z, 1 - delta, y, gamma), 1.0
+        F = network(z, 1 - delta, y, gamma)
         f = z + column(delta) * F
         if c.prediction == "solver":
             x = (distiller.ema_student or distiller.student).f(z, delta - h, y, gamma)
             end = fmd.solve_ode(lambda x, t, y: u(x, t, y, gamma, c.guidance_interval), x,
                                 c.solver_steps, "rk4", y, t=1 - delta + h, length=h)
-            D = (f - end) / column(h)
-            weight = column(h / delta)  # with which the loss has the error of F itself
+            D = (f - end) / column(delta)
         else:
             e = torch.full_like(delta, 0.005 if c.prediction == "difference" else 1e-5)
             low, high = delta - e, (delta + e).clamp(max=1)
@@ -220,7 +217,7 @@ def expected_step(distiller, b):
             D = v_G - u(f, 1 - delta, y, gamma, c.guidance_interval)
         D = D.detach()
         metrics["prediction"] = D.square().mean()
-        of_G, D = D.square().mean((1, 2, 3)).sqrt().mean(), weight * D
+        of_G = D.square().mean((1, 2, 3)).sqrt().mean()
         loss = (F * D / (D.square().mean((1, 2, 3), True) + fmd.EPS) ** c.decay).mean()
     if len(b["z_N"]):
         z, y, r, gamma = (b.get(k) for k in ("z_N", "y_N", "r", "guidance_N"))
@@ -297,8 +294,7 @@ def test_draws_are_pure_functions_of_seed_stream_and_step(monkeypatch):
 
 
 def test_the_students_draw_is_as_described():
-    c = fmd.Config(batch_size=4000, label_dropout=0.25, solver_interval=0.4, prediction="solver",
-                   delta_power=1.5)
+    c = fmd.Config(batch_size=4000, label_dropout=0.25, solver_interval=0.4, prediction="solver")
     module = fmd.Distiller(fmd.DiT(num_classes=5), None, None, c)
 
     def draw(**changes):
@@ -314,15 +310,16 @@ def test_the_students_draw_is_as_described():
         shares = y.bincount(minlength=6) / len(y)
         assert (shares - torch.tensor([0.15] * 5 + [0.25])).abs().max() < 0.04
     delta, h = b["delta"], b["h"]
-    parts = 3000 * (1 - delta) ** (1 / 1.5) - torch.arange(3000)  # one in each of 3000 parts
-    assert -0.01 < parts[:2990].min() and parts.max() < 1.01 and 1e-3 <= delta.min()
+    parts = 3000 * (1 - delta) - torch.arange(3000)  # one in each of 3000 parts
+    assert -0.01 < parts[:2990].min() and parts.max() < 1.01 and delta.min() == 1e-3
     assert (0 < h).all() and (h <= delta).all() and 0.39 < h.max() <= 0.4
     assert h[delta > 0.4].min() >= 0.2 and torch.equal(h[delta < 0.2], delta[delta < 0.2])
-    ends = draw(end_share=0.4)["delta"]
-    assert (ends[1800:] == 1).all() and ends[:1800].max() < 1
-    for form in "jvp", "difference":  # a derivative has no use for ends
-        other = draw(end_share=0.4, prediction=form)
+    for form in "jvp", "difference":
+        other = draw(prediction=form)
         assert torch.equal(other["delta"], delta) and "h" not in other
+    scaled = draw(delta_scale=2.0)["delta"]
+    assert_close(scaled, (2 * delta).clamp(2e-3, 1), atol=2e-3, rtol=0)
+    assert scaled.min() < 2e-3 and (scaled[:1500] == 1).all()
     logit = torch.logit(b["r"])
     assert abs(logit.median() - 0.8) < 0.1 and abs(logit.std() - 1) < 0.08
     b = draw(guidance_max=3.0)
@@ -573,7 +570,7 @@ def test_settings_are_those_given_then_of_quick_then_of_recipe_then_of_preset(mo
         for c in fmd.make_config(dataset, "paper", True), *([] if is_toy else [full]):
             assert (c.prediction, c.decay, c.correction_share) == ("jvp", 1, 0.25)
             assert 0.3 <= c.alpha <= 3  # the paper's range
-            assert (c.end_share, c.ema_target, c.delta_power, c.r_location) == (0, False, 1, 0.8)
+            assert (c.delta_scale, c.ema_target, c.r_location) == (1, False, 0.8)
     names = ["depth", "steps", "seed", "samples"]
     monkeypatch.setitem(fmd.PRESETS, "mnist", dict.fromkeys(names, 11))
     monkeypatch.setitem(fmd.RECIPES, "paper", dict.fromkeys(names[1:], 12))
@@ -682,7 +679,7 @@ def start():
 @functools.cache
 def some_steps(loss, **settings):
     """First gradients, last weights and last metrics of two steps, and the rows of every call."""
-    c = fmd.Config(batch_size=16, steps=2, end_share=0.5, ema_target=True, **settings)
+    c = fmd.Config(batch_size=16, steps=2, delta_scale=2.0, ema_target=True, **settings)
     if loss == "teacher":
         points = noise(16, 4, 4, 4).float(), torch.arange(16) % 4
         data = argparse.Namespace(num_classes=3, draw=lambda n, g: points)
@@ -1132,7 +1129,7 @@ def test_digits_end_to_end(digits, tmp_path, monkeypatch, capsys):
     run("--dataset", "mnist", "--data", digits[0], "--out", out, *TINY_PICTURES)
     assert (out / "paths.gif").exists() and (out / "paths.png").exists()
     metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["teacher_nfe"] == 256 and [*metrics["student"]] == ["SW2 to data"]
+    assert metrics["teacher_nfe"] == 64 and [*metrics["student"]] == ["SW2 to data"]
     # from the teacher's file alone
     monkeypatch.setattr(fmd, "open_data", lambda config: 1 / 0)
     flags = [*TINY_PICTURES[:1], *TINY_PICTURES[9:11], *TINY_PICTURES[13:]]
