@@ -23,7 +23,7 @@ Conventions, everywhere in this file
 
 Commands to paste; the same command continues a run that was interrupted
     python fmd.py --dataset toy2d                            # a 2-D toy: teacher, student, pictures
-    python fmd.py --toy spirals --recipe paper               # the paper's own loss and values
+    python fmd.py --toy spirals --recipe paper               # the paper's own loss
     python fmd.py --dataset mnist --quick                    # digits with guidance, on two cores
     python fmd.py --dataset imagenet --teacher SiT-XL-2-256x256.pt --out runs/sit
 """
@@ -77,10 +77,11 @@ def interpolate(x, n, t):
 
 class FlowMap:
     """The student: a velocity network read as F, the average velocity from t = 1 to t = 1 - delta.
+    It owns no weights, so it is no nn.Module.
 
     Why it starts with the teacher's weights: over an interval of length 0 the average velocity is
-    the velocity at its start, F(z, 0) = u(z, 1). So without guidance they are right at delta = 0,
-    and training extends this to larger delta.
+    the velocity at its start, F(z, 0) = u(z, 1). So without guidance this start is right at
+    delta = 0, and training extends it to larger delta.
     """
 
     def __init__(self, network):
@@ -161,7 +162,8 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     """Predict: D_G = v_G - u(f, 1 - delta) [9], where v_G = df/ddelta = F + delta dF/ddelta.
 
     [7] says that v_G = u(f, 1 - delta). If it holds for all z and delta, f = phi: f(z, 0) = z, and
-    an ODE has one solution from each start. Returns (B, C, H, W). F: F(z, delta), if it is known.
+    an ODE has one solution from each start. Returns (B, C, H, W). F: F(z, delta), if the caller
+    has computed it.
 
     form: how dF/ddelta is computed (`solver` is below). Raises ValueError for another form.
       jvp         forward-mode derivative, exact for these weights
@@ -185,9 +187,10 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
         raise ValueError(f"prediction_gradient: {form} is not jvp or difference")
     # Why u is evaluated at f: the ODE says df/ddelta = u(f, 1 - delta), and f is computed without
     # data and without a solver. The price: while f is wrong, u is evaluated at a wrong place, and
-    # errors may compound: d/ddelta ||f - phi|| <= L ||f - phi|| + ||D_G||, where L is the rate at
-    # which u moves f and phi apart (L > 0 between modes, mostly L < 0 inside of one). By Gronwall
-    # ||f - phi|| at 1 <= integral over delta of ||D_G(delta)|| exp(integral of L from delta to 1).
+    # errors may compound: d(f - phi)/ddelta = D_G + u(f) - u(phi). Let L be the rate at which
+    # u(f) - u(phi) makes f - phi longer: L > 0 between modes, mostly L < 0 inside of one. Then
+    # ||f - phi|| at 1 <= integral over delta of ||D_G(delta)|| exp(integral of L from delta to 1),
+    # Gronwall's inequality.
     f = z + expand(delta) * F
     return F + expand(delta) * dF - u(f, 1 - delta, y)  # [7] as a residual: D_G of [9]
 
@@ -198,12 +201,14 @@ def correction_gradient(v_N, u, x_r, r, y=None):
 
     v_N: values of E[x - n | x_r] for the student's samples x, noised: x_r = (1 - r) x + r n.
 
-    Why the loss F(z, 1) . D_N, with D_N constant, descends a KL divergence: the gradient of
-    KL(student's x_r || teacher's x_r) is E[(dx_r/dtheta)^T (student's score - teacher's)] [10].
-    Since n = x_r - (1 - r) (x - n), the score -E[n | x_r] / r is ((1 - r) v - x_r) / r, and the
-    difference is (1 - r) / r D_N. Since x = z + F(z, 1), dx_r/dtheta is (1 - r) dF/dtheta. The
-    factor (1 - r)^2 / r of the product is left out: it only says how much each noise level counts,
-    and the same student minimises the KL of all of them.
+    Why the loss F(z, 1) . D_N, with D_N constant, descends a KL divergence:
+    1. The gradient of KL(student's x_r || teacher's x_r) is E[(dx_r/dtheta)^T (student's score -
+       teacher's score)] [10].
+    2. A score is -E[n | x_r] / r, and n = x_r - (1 - r) (x - n). So with v = E[x - n | x_r] it is
+       ((1 - r) v - x_r) / r, and the scores differ by (1 - r) / r D_N.
+    3. x = z + F(z, 1), so dx_r/dtheta = (1 - r) dF/dtheta.
+    The factor (1 - r)^2 / r of the product is left out. It depends on r only, so it says how much
+    each noise level counts.
 
     Why D_N is not zero even for a perfect student, if u is guided or learned: gamma u(.|y) +
     (1 - gamma) u(.|null) is no conditional mean, and networks have errors. So u is not exactly the
@@ -221,8 +226,8 @@ def decay(D, k):
     What k does: with k = 0 (squared residual) a few noises with large residuals dominate. With 1/2
     all samples pull about equally, with 1 large residuals are damped. Where they are large the
     losses disagree: prediction pulls a sample to its own path's end, correction to a mode that is
-    near. The paper's FID (DiT-B/2) is 43.5, 10.6, 5.6 for k = 0, 1/2, 1, and about 12 for all three
-    without correction.
+    near. So k matters with a correction: the paper's FID (DiT-B/2) is 43.5, 10.6, 5.6 for k = 0,
+    1/2, 1, and about 12 for all three without one.
     """
     return D / expand((mean_square(D) + EPS) ** k)
 
@@ -233,8 +238,8 @@ TEACHER, STUDENT, WEIGHTS, EVALUATION, SAMPLING = range(5)  # streams of random 
 def generator(*key):
     """A random generator that depends only on the integers in `key`: seed, stream, step. So an
     interrupted run continues with the same numbers. And all processes draw the same batch, of which
-    each takes its own rows: their number does not change the result, up to rounding, as long as all
-    have one micro-batch (each has a lambda of its own)."""
+    each takes its own rows: how many they are does not change the result, up to rounding. (How many
+    micro-batches there are does: each has a lambda of its own.)"""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
@@ -243,14 +248,14 @@ class Distiller(nn.Module):
     critic. train and TrainState.update of section 6 change the weights.
 
     network: a velocity network, read as the student's F; critic: another, which learns v_N. Both
-    start as copies of the teacher: near the end v_N = u, so the critic has little to learn then.
+    start as copies of the teacher, the critic since v_N goes to u as the student becomes right.
     teacher: u(x, t, y), never changed. config: a Config. The paper has prediction "jvp", decay
     k = 1, alpha = 1, r_location 0.8 and correction_share 1/4. Each loss is a mean over its own
-    rows, so this share is not a weight.
+    rows, so the share is not a weight: it says how many rows estimate each.
 
     Why the correction has its own guidance interval: guided, D_N is not zero for a perfect student.
     With [0, 0.7] it is unguided for r > 0.7, about half of the rows, and pulls to less guidance
-    there. Which is better, an experiment says: the paper's FID (DiT-B/2) is 5.6, 8.7 with [0, 1].
+    there. Only an experiment tells which is better: the paper's FID is 5.6, with [0, 1] 8.7.
     """
 
     def __init__(self, network, critic, teacher, config):
@@ -263,7 +268,7 @@ class Distiller(nn.Module):
     def forward(self, z_G, y_G, delta, z_N, y_N, r, n, guidance_G=None, guidance_N=None, h=None):
         """Rows _G (generating) predict, rows _N (noising) correct. Returns loss and metrics."""
         config, student, metrics = self.config, self.student, {}
-        loss, lambda_ = 0.0, config.alpha
+        loss, lambda_ = 0.0, config.alpha  # lambda if no row predicts
         if len(z_G):  # Predict
             u = guided(self.teacher, guidance_G, config.guidance_interval)
             F = student.F(z_G, delta, y_G, guidance_G)
@@ -288,7 +293,8 @@ class Distiller(nn.Module):
             D_N = correction_gradient(v_N, u, x_r, r, y_N)
             if len(z_G):
                 # Why lambda: it gives D_N the size of D_G before its decay, so the correction fades
-                # as the prediction succeeds. After decay, at k = 1, D_G is larger the better it is.
+                # as the prediction succeeds. (At k = 1 the decayed D_G grows like 1 / ||D_G|| then,
+                # until eps stops it. So the correction's share falls even faster.)
                 norms = torch.stack([mean_square(D).sqrt().mean() for D in (D_G, D_N)])
                 norm_G, norm_N = mean_over_processes(norms)
                 lambda_ = config.alpha * norm_G / (norm_N + EPS)
@@ -306,9 +312,9 @@ class Distiller(nn.Module):
         solved up to delta, and F is compared with the average velocity from z to where that ends.
         Rows with delta = h start at z: they learn the teacher's own path.
 
-        As h -> 0 this is [9] times h / delta, if the student's own weights jump. Averaged weights,
-        with ema_target, are a calmer target, for long h: the difference of the two students does
-        not shrink with h.
+        As h -> 0 this is [9] times h / delta, if the student's own weights jump. With ema_target
+        averaged weights do, a calmer target. Then h must be long, because the difference of the two
+        students does not shrink with h.
         """
         start = (self.ema_student or self.student).f(z, delta - h, y, guidance)
         end = solve_ode(u, start, self.config.solver_steps, "rk4", y, t=1 - delta + h, length=h)
@@ -321,9 +327,9 @@ class Distiller(nn.Module):
         correct = config.corrections  # rows that correct
         predict = config.batch_size - correct
         batch = {**self.draw_prior(predict, "_G", g), **self.draw_prior(correct, "_N", g)}
-        # Row i draws U in the i-th of equal parts of (0, 1), the first row in the highest. With a
-        # delta_scale above 1 many rows have delta = 1 and train the sample itself. That is for form
-        # solver, which compares states: at delta = 1 the others would mend the last velocity only.
+        # Stratified: row i draws U in the i-th of equal parts of (0, 1). With a delta_scale above 1
+        # many rows have delta = 1 and train the sample itself. That is for form solver, which
+        # compares states; at delta = 1 jvp and difference would mend the last velocity only.
         U = 1 - (torch.arange(predict) + torch.rand(predict, generator=g)) / predict
         batch["delta"] = (config.delta_scale * U).clamp(1e-3, 1)
         if config.prediction == "solver":
@@ -340,7 +346,7 @@ class Distiller(nn.Module):
         """Noises, labels of which some are null, and with guidance a strength each: it is an input
         of the student, so that one student serves all strengths."""
         classes = self.network.num_classes
-        y = torch.randint(max(1, classes), (count,), generator=g)  # without classes all are null
+        y = torch.randint(max(1, classes), (count,), generator=g)  # no classes: all are null, 0
         is_null = torch.rand(count, generator=g) < self.config.label_dropout
         batch = {"z" + suffix: torch.randn(count, *self.network.shape, generator=g),
                  "y" + suffix: torch.where(is_null, classes, y)}
@@ -395,8 +401,7 @@ class GaussianMixture(nn.Module):
     def coverage(self, x):
         """Of points (N, d, 1, 1): the share outside, farther than 3.5 blurs from every component;
         and for each label points inside / points expected, the smallest of these ratios."""
-        parts = [torch.cdist(part, self.means).min(1) for part in x.flatten(1).split(2000)]
-        distance, nearest = (torch.cat(v) for v in zip(*parts))
+        distance, nearest = torch.cdist(x.flatten(1), self.means).min(1)
         outside = distance > 3.5 * self.blur
         due = self.labels.bincount() * len(x) / len(self.labels)
         rarest = (self.labels[nearest[~outside]].bincount(minlength=len(due)) / due).min()
@@ -430,7 +435,7 @@ class FlowMatching(nn.Module):
 
 class Embedder(nn.Module):
     """A number per sample, (B,) -> (B, E): cosines and sines, then a small MLP. DiT multiplies t by
-    1000, this file does not: high frequencies in t multiply errors of F in dF/ddelta."""
+    1000, this file does not: a small error of a fast wave is a large error of dF/ddelta."""
 
     def __init__(self, E):
         super().__init__()
@@ -666,7 +671,7 @@ class Config:
     student: str = option("", "train this student.pt on, instead of a copy of the teacher")
     # network: teacher, student and critic
     hidden_size: int = option(48, "width", 8)
-    depth: int = option(2, "number of blocks", 1)
+    depth: int = option(3, "number of blocks", 1)
     num_heads: int = option(1, "attention heads", 1)
     patch_size: int = option(1, "side of a token in pixels", 1)
     # training of both
@@ -738,13 +743,13 @@ MAY_CHANGE = {
 # The defaults of Config, then PRESETS (what a data set needs), RECIPES (which algorithm), QUICK
 # (how large), then flags: a later one wins. So --dataset mnist has alpha 1, with --quick 0.3.
 #
-# label_dropout of toys: they are measured without labels. If only one label in ten were dropped,
-# the model without labels would get a tenth of the training.
+# label_dropout of toys: they are measured without labels (see conditions). If only one label in ten
+# were dropped, the model without labels would get a tenth of the training.
 PICTURES = {"patch_size": 2, "hidden_size": 384, "depth": 12, "num_heads": 6, "ema_decay": 0.999,
             "guidance_max": 4.0, "guidance": 2.0, "correction_interval": (0.0, 0.7),
             "eval_samples": 5000}
 PRESETS = {
-    "toy2d": {"label_dropout": 0.9, "t_location": -0.8, "teacher_steps": 1000, "steps": 1600,
+    "toy2d": {"label_dropout": 0.9, "t_location": -0.8, "teacher_steps": 1000, "steps": 1400,
               "teacher_learning_rate": 8e-3, "learning_rate": 0.01, "critic_learning_rate": 0.016},
     "mnist": PICTURES,
     "cifar10": {**PICTURES, "teacher_steps": 200000, "steps": 100000},
@@ -779,7 +784,7 @@ def make_config(dataset="toy2d", recipe="", quick=False, **given):
 # 6. Training -------------------------------------------------------------------------------------
 # One loop for both stages, and for any module with .network, .draw(step) and forward(**batch).
 
-LAUNCH = os.environ if distributed.is_torchelastic_launched() else {}  # by torchrun
+LAUNCH = os.environ if distributed.is_torchelastic_launched() else {}  # not a RANK left behind
 RANK = int(LAUNCH.get("RANK", 0))  # process 0 of WORLD writes the files
 WORLD = int(LAUNCH.get("WORLD_SIZE", 1))
 LOG_INTERVAL = 50  # steps between lines of the log; every fifth line has the endpoint error
@@ -826,8 +831,9 @@ class TrainState:
     def __init__(self, module, config):
         self.config, self.step, self.log = config, 0, []
         self.ema = copy.deepcopy(module.network).requires_grad_(False)
-        trained = {"model": module.network, "critic": getattr(module, "critic", None)}
-        trained = {name: network for name, network in trained.items() if network is not None}
+        trained = {"model": module.network}
+        if getattr(module, "critic", None):
+            trained["critic"] = module.critic
         # run_stages hands in a config whose learning_rate and steps are those of its stage.
         self.peaks = [config.learning_rate, config.critic_learning_rate]
         groups = [{"params": list(network.parameters())} for network in trained.values()]
@@ -879,8 +885,7 @@ def train(module, config, state=None):
     module.draw(step) -> {name: tensor with one row a sample}; module(**batch) -> scalar loss, dict
     of scalar metrics. A generator: yields (step, metrics, state) after every step, counted from 1;
     state.ema is the averaged network. Losses, gradients and metrics are means over processes and
-    micro-batches, each of which has a lambda of its own. A step that is not finite is skipped; ten
-    consecutive ones raise UserError.
+    micro-batches. A step that is not finite is skipped; ten consecutive ones raise UserError.
     """
     state = state or TrainState(module, config)
     device = device_of(module.network)
@@ -1137,7 +1142,8 @@ def plot_losses(log):
     for axis, (name, color) in zip(figure.subplots(1, 4), curves.items()):
         points = [(line["step"], line[name]) for line in log if name in line]
         axis.plot(*np.array(points).reshape(-1, 2).T, color=COLORS[color])
-        axis.set(title=f"{color}: {name.replace('_', ' ')}", xlabel="step", yscale="log")
+        scale = "log" if points else "linear"  # of what was not trained there is nothing
+        axis.set(title=f"{color}: {name.replace('_', ' ')}", xlabel="step", yscale=scale)
     return figure
 
 
@@ -1286,16 +1292,17 @@ def unwrap(file):
 def find_format(tensors, settings, told=""):
     """"SiT" or "REPA": as told, or by the settings of the training, or by the tensors. Raises
     ValueError if these disagree or do not say, and for another kind of model."""
-    words = [str(settings.get(k, "")) for k in ("prediction", "path_type", "model")]
-    if (words[0] not in ("", "velocity", "v") or words[1] not in ("", "linear", "Linear")
-            or words[2].startswith("DiT")):
-        raise ValueError(f"prediction, path, model are {words}: give a velocity of linear paths")
+    names = "prediction", "path_type", "model"
+    prediction, path_type, model = (str(settings.get(name, "")) for name in names)
+    if (prediction not in ("", "velocity", "v") or path_type not in ("", "linear", "Linear")
+            or model.startswith("DiT")):
+        raise ValueError(f"{prediction=}, {path_type=}, {model=}: give velocity of linear paths")
     _, C, p, _ = tensors["x_embedder.proj.weight"].shape
     # SiT has twice the output channels, of which the second half is unused. REPA has projectors.
     is_double = len(tensors["final_layer.linear.bias"]) == 2 * C * p * p
     has_more = any(name.startswith(("projectors.", "decoder_blocks.")) for name in tensors)
-    is_sit = told == "sit" or words[0] == "velocity" or is_double
-    is_repa = told == "repa" or words[0] == "v" or has_more
+    is_sit = told == "sit" or prediction == "velocity" or is_double
+    is_repa = told == "repa" or prediction == "v" or has_more
     if is_sit == is_repa:
         raise ValueError("marks of both SiT and REPA, or of none: give the right --teacher-format")
     return "SiT" if is_sit else "REPA"
@@ -1421,9 +1428,9 @@ def run_stage(kind, module, config, out, score=None):
         received = mean_over_processes(torch.tensor(float(len(interrupts))))
         is_last = received > 0 or step == config.steps
         recent.append(metrics)
-        if RANK == 0 and (is_last or step % LOG_INTERVAL == 0):
+        if is_last or step % LOG_INTERVAL == 0:
             line = summarise(recent, time.perf_counter() - clock, module, config)
-            if score and (is_last or step % (5 * LOG_INTERVAL) == 0):
+            if RANK == 0 and score and (is_last or step % (5 * LOG_INTERVAL) == 0):
                 line["endpoint_error"] = score(state.ema)
             state.log.append({"stage": kind, "step": step, **line})
             bar.set_postfix({name: f"{v:.3g}" for name, v in line.items()}, refresh=False)
@@ -1456,7 +1463,8 @@ def make_parser():
 def claim_folder(config, **sources):
     """The folder of a run and its lock: --out, or the first of runs/toy2d, runs/toy2d-2, ... that
     is new or has the config.json of this run. sources: sums of data and given networks. Raises
-    UserError if another run or another process has it."""
+    UserError if another run or another process has it. mine: what decides the weights of this run;
+    theirs: the same of the run in the folder."""
     mine = {name: v for name, v in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
     mine = json.loads(json.dumps({**mine, **sources}))  # as it comes back from the file
     for i in itertools.count(1):

@@ -391,7 +391,7 @@ def test_checkerboard_and_coverage_by_hand():
     assert {*map(tuple, places)} == {*itertools.product(*[range(1, 12, 2)] * 2, range(8))}
     means, labels = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]]), torch.tensor([0, 0, 1])
     data = fmd.GaussianMixture(means, 1.0, labels, 2)
-    rows = [[3.4, 0.0]] * 3 + [[3.6, 0.0]] * 2 + [[10.0, -3.4]] * 4 + [[0.0, 10.0]]
+    rows = [[3.4, 0.0]] * 3 + [[3.6, 0.0], [0.0, 13.6]] + [[10.0, -3.4]] * 4 + [[0.0, 10.0]]
     found = data.coverage(images(*rows).float())
     # of 10 points label 1 is due a third, and has one
     assert found["outside"] == pytest.approx(0.2) and found["rarest label"] == pytest.approx(0.3)
