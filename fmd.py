@@ -1142,8 +1142,7 @@ def plot_losses(log):
     for axis, (name, color) in zip(figure.subplots(1, 4), curves.items()):
         points = [(line["step"], line[name]) for line in log if name in line]
         axis.plot(*np.array(points).reshape(-1, 2).T, color=COLORS[color])
-        scale = "log" if points else "linear"  # of what was not trained there is nothing
-        axis.set(title=f"{color}: {name.replace('_', ' ')}", xlabel="step", yscale=scale)
+        axis.set(title=f"{color}: {name.replace('_', ' ')}", xlabel="step", yscale="log")
     return figure
 
 
