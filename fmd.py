@@ -1452,7 +1452,10 @@ def make_parser():
                tuple: {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}}
     for f in dataclasses.fields(Config):
         kind = special.get(f.type, {"type": f.type, "choices": f.metadata["choices"]})
-        text, of_toys = f"{f.metadata['help']} ({f.default})", getattr(make_config(), f.name)
+        text = f.metadata["help"]
+        of_toys = getattr(make_config(), f.name)
+        if f.default != "":
+            text += f" ({f.default})"
         if of_toys != f.default:
             text += f" (toys: {of_toys})"
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **kind)

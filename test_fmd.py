@@ -1087,7 +1087,9 @@ def test_other_errors_are_one_line_and_debug_shows_where(tmp_path, monkeypatch, 
     assert "cpu" in run("--device", "quantum", status=1, capsys=capsys)
     with pytest.raises(SystemExit) as e:
         fmd.main(["--help"])
-    assert e.value.code == 0 and "--correction-share" in capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())
+    for part in "ours (toys: fast) --quick", "student (20000) (toys: 1400)", "under runs/ --seed":
+        assert e.value.code == 0 and part in text
     fields = dataclasses.fields(fmd.Config)
     assert len(fields) <= 55 and all(f.metadata["help"] for f in fields)
 
