@@ -77,7 +77,7 @@ def interpolate(x, n, t):
 
 class FlowMap:
     """The student: a velocity network read as F, the average velocity from t = 1 to t = 1 - delta.
-    It owns no weights, so it is no nn.Module.
+    It has no weights of its own, so it is no nn.Module.
 
     Why it starts with the teacher's weights: over an interval of length 0 the average velocity is
     the velocity at its start, F(z, 0) = u(z, 1). So without guidance this start is right at
@@ -203,7 +203,7 @@ def correction_gradient(v_N, u, x_r, r, y=None):
 
     Why the loss F(z, 1) . D_N, with D_N constant, descends a KL divergence:
     1. The gradient of KL(student's x_r || teacher's x_r) is E[(dx_r/dtheta)^T (student's score -
-       teacher's score)] [10].
+       teacher's score)] [10]. (The student's density changes too; the mean of this term is 0.)
     2. A score is -E[n | x_r] / r, and n = x_r - (1 - r) (x - n). So with v = E[x - n | x_r] it is
        ((1 - r) v - x_r) / r, and the scores differ by (1 - r) / r D_N.
     3. x = z + F(z, 1), so dx_r/dtheta = (1 - r) dF/dtheta.
@@ -238,8 +238,8 @@ TEACHER, STUDENT, WEIGHTS, EVALUATION, SAMPLING = range(5)  # streams of random 
 def generator(*key):
     """A random generator that depends only on the integers in `key`: seed, stream, step. So an
     interrupted run continues with the same numbers. And all processes draw the same batch, of which
-    each takes its own rows: how many they are does not change the result, up to rounding. (How many
-    micro-batches there are does: each has a lambda of its own.)"""
+    each takes its own rows. So the number of processes does not change the result, up to rounding.
+    (The number of micro-batches does: each has a lambda of its own.)"""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
@@ -280,7 +280,7 @@ class Distiller(nn.Module):
             metrics["prediction"] = mean_square(D_G).mean()
             # Why F * sg(D): its gradient is (dF/dtheta)^T D, that of 1/2 ||F - sg(F - D)||^2 [8],
             # and D can be decayed first. The value, of either sign, means nothing: watch ||D_G||^2.
-            loss = loss + (F * decay(D_G, config.decay)).mean()
+            loss = loss + (F * decay(D_G, config.decay)).mean()  # [8]; its gradient is [9]
         if len(z_N):  # Correct, at delta = 1: the paper found no gain at other delta
             u = guided(self.teacher, guidance_N, config.correction_interval)
             F = student.F(z_N, torch.ones_like(r), y_N, guidance_N)
@@ -331,7 +331,7 @@ class Distiller(nn.Module):
         # many rows have delta = 1 and train the sample itself. That is for form solver, which
         # compares states; at delta = 1 jvp and difference would mend the last velocity only.
         U = 1 - (torch.arange(predict) + torch.rand(predict, generator=g)) / predict
-        batch["delta"] = (config.delta_scale * U).clamp(1e-3, 1)
+        batch["delta"] = (config.delta_scale * U).clamp(1e-3, 1)  # solver divides by delta
         if config.prediction == "solver":
             longest = config.solver_interval * (0.5 + 0.5 * torch.rand(predict, generator=g))
             batch["h"] = torch.minimum(longest, batch["delta"])
@@ -363,7 +363,7 @@ class Distiller(nn.Module):
 class GaussianMixture(nn.Module):
     """Equally likely Gaussians N(means[k], blur^2 I): data, its exact velocity, and its support.
     means: (K, d); blur > 0; labels: (K,) int64 below num_classes, all 0 without classes. A point x
-    is center + scale x in the user's coordinates: numbers, or lists of d."""
+    is center + scale x in the user's coordinates; both are numbers, or lists of d."""
 
     def __init__(self, means, blur, labels, num_classes, center=0.0, scale=1.0):
         super().__init__()
@@ -686,7 +686,7 @@ class Config:
     critic_learning_rate: float = option(1e-4, "peak", 0)
     # prediction [7, 8, 9]
     prediction: str = option("jvp", "how to find D_G", choices=["jvp", "difference", "solver"])
-    delta_scale: float = option(1.0, "delta = min(1, delta_scale x U(0, 1))", 1)
+    delta_scale: float = option(1.0, "delta = min(1, this x U(0, 1)); above 1: for form solver", 1)
     solver_interval: float = option(0.6, "form solver: the longest interval h", 1e-4, 1)
     solver_steps: int = option(2, "form solver: RK4 steps of the teacher in an interval", 1)
     ema_target: bool = option(False, "form solver: jump by the student's averaged weights")
@@ -784,7 +784,8 @@ def make_config(dataset="toy2d", recipe="", quick=False, **given):
 # 6. Training -------------------------------------------------------------------------------------
 # One loop for both stages, and for any module with .network, .draw(step) and forward(**batch).
 
-LAUNCH = os.environ if distributed.is_torchelastic_launched() else {}  # not a RANK left behind
+# Only if torchrun launched this process: a RANK may be left in the environment from before.
+LAUNCH = os.environ if distributed.is_torchelastic_launched() else {}
 RANK = int(LAUNCH.get("RANK", 0))  # process 0 of WORLD writes the files
 WORLD = int(LAUNCH.get("WORLD_SIZE", 1))
 LOG_INTERVAL = 50  # steps between lines of the log; every fifth line has the endpoint error
@@ -893,8 +894,7 @@ def train(module, config, state=None):
     parallel = module
     if WORLD > 1:
         # Why DDP wraps the loss, not a network: it synchronises gradients of what its own forward
-        # computes. The loss calls module.network, so with a DDP around that network alone, its
-        # gradients would silently stay different in each process.
+        # computes. The loss calls module.network itself and would silently pass by a DDP around it.
         parallel = nn.parallel.DistributedDataParallel(module)
     while state.step < config.steps:
         batch, sums = module.draw(state.step), []
@@ -1164,8 +1164,8 @@ def animate_paths(teacher_path, student_path, frames=20):
 
 def save_pictures(network, metrics, sets, path, jumps, out):
     """All pictures of a run, from what evaluate measures."""
-    nfe = metrics["teacher_nfe"]
-    titles = {"teacher": f"teacher, {nfe} evaluations", "student": "student, 1 evaluation"}
+    titles = {"teacher": f"teacher, {metrics['teacher_nfe']} evaluations",
+              "student": "student, 1 evaluation"}
     several = max(40, 8000 // math.prod(network.shape))
     shown = {name: to_view(x[:several], network) for name, x in sets.items()}
     path, jumps = (torch.stack([to_view(x, network) for x in states]) for states in (path, jumps))

@@ -1527,6 +1527,16 @@ def test_two_processes_equal_one(tmp_path):
     assert "--samples: give 2 or more" in torchrun(*flags[:-1], "1").stderr
 
 
+def test_every_process_forgets_the_metrics_that_it_has_logged(tmp_path, monkeypatch):
+    monkeypatch.setattr(fmd, "RANK", 1)
+    monkeypatch.setattr(fmd, "LOG_INTERVAL", 2)
+    counts = []
+    monkeypatch.setattr(fmd, "summarise", lambda recent, *_: counts.append(len(recent)) or {})
+    c = fmd.Config(batch_size=8, steps=5)
+    fmd.run_stage("student", fmd.make_distiller(fmd.DiT(), c), c, tmp_path)
+    assert counts == [2, 2, 1] and not [*tmp_path.iterdir()]  # process 0 alone writes
+
+
 def test_processes_stop_together_and_refuse_together(tmp_path, monkeypatch):
     script = tmp_path / "interrupted.py"
     script.write_text("import os, signal, sys, fmd\n"
