@@ -747,14 +747,14 @@ MAY_CHANGE = {
 # were dropped, the model without labels would get a tenth of the training.
 PICTURES = {"patch_size": 2, "hidden_size": 384, "depth": 12, "num_heads": 6, "ema_decay": 0.999,
             "guidance_max": 4.0, "guidance": 2.0, "correction_interval": (0.0, 0.7),
-            "eval_samples": 5000}
+            "precision": "bfloat16", "eval_samples": 5000}
 PRESETS = {
     "toy2d": {"label_dropout": 0.9, "t_location": -0.8, "teacher_steps": 1000, "steps": 1400,
               "teacher_learning_rate": 8e-3, "learning_rate": 0.01, "critic_learning_rate": 0.016},
     "mnist": PICTURES,
     "cifar10": {**PICTURES, "teacher_steps": 200000, "steps": 100000},
     "imagenet": {**PICTURES, "hidden_size": 1152, "depth": 28, "num_heads": 16, "steps": 100000,
-                 "precision": "bfloat16", "micro_batch_size": 32, "teacher_steps": 400000,
+                 "activation_checkpointing": True, "teacher_steps": 400000,
                  "teacher_learning_rate": 1e-4, "guidance_max": 3.0, "guidance": 1.4,
                  "ema_decay": 0.9999, "eval_samples": 2000},
 }
@@ -767,7 +767,8 @@ RECIPES = {"paper": {"prediction": "jvp", "decay": 1.0, "alpha": 1.0},
 # corrects from the start.
 SMALL = {"hidden_size": 96, "depth": 4, "num_heads": 3, "patch_size": 4, "batch_size": 32,
          "teacher_steps": 5000, "teacher_learning_rate": 2e-3, "steps": 4000, "eval_samples": 500,
-         "learning_rate": 2e-3, "critic_learning_rate": 2e-3, "ema_decay": 0.995, "alpha": 0.3}
+         "learning_rate": 2e-3, "critic_learning_rate": 2e-3, "ema_decay": 0.995, "alpha": 0.3,
+         "precision": "float32"}
 QUICK = {"toy2d": {"teacher_steps": 300, "steps": 300},
          "mnist": SMALL, "cifar10": SMALL, "imagenet": {}}
 
@@ -1625,8 +1626,9 @@ def main(argv=None):
     try:
         if WORLD > 1:  # process 0 may measure or download for long while the others wait
             distributed.init_process_group(timeout=datetime.timedelta(minutes=60))
-            if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            if given.get("device", Config.device) == "cuda":
+                with explained("--nproc_per_node: give one process for each GPU, or fewer"):
+                    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         run = run_sampling if given.get("stage") == "sample" else run_training
         run(given)
         return 0
