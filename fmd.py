@@ -16,10 +16,12 @@ Conventions, everywhere in this file
     phi(z, delta) is the state that the teacher's path from the noise z reaches at delta.
     f(z, delta) = z + delta F(z, delta) is the student's phi. f(z, 1) is its one-step sample.
     v_G = df/ddelta is the velocity of the student's map (G: generating), and D_G = v_G - u.
-    v_N is the velocity of its samples, noised to the time r (N: noising), and D_N = v_N - u.
+    v_N = E[x - n | x_r] is the velocity of the student's samples x, noised to x_r (N: noising),
+        and D_N = v_N - u.
     Samples are images (B, C, H, W) of d = C H W values; a point of the plane is 2 x 1 x 1.
     t, delta, r and guidance (the strength gamma) are (B,), or (1,) if one value serves all.
-    Labels y are int64, (B,) or (1,). num_classes is the null label, "any class"; None means it.
+    Labels y are int64, (B,) or (1,). num_classes is the null label, for "any class". y=None is the
+        same.
 
 Commands to paste; the same command continues a run that was interrupted
     python fmd.py --dataset toy2d                            # a 2-D toy: teacher, student, pictures
@@ -77,7 +79,7 @@ def interpolate(x, n, t):
 
 class FlowMap:
     """The student: a velocity network read as F, the average velocity from t = 1 to t = 1 - delta.
-    It has no weights of its own, so it is no nn.Module.
+    It has no weights of its own, so it is not an nn.Module.
 
     Why it starts with the teacher's weights: over an interval of length 0 the average velocity is
     the velocity at its start, F(z, 0) = u(z, 1). So without guidance this start is right at
@@ -187,10 +189,11 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
         raise ValueError(f"prediction_gradient: {form} is not jvp or difference")
     # Why u is evaluated at f: the ODE says df/ddelta = u(f, 1 - delta), and f is computed without
     # data and without a solver. The price: while f is wrong, u is evaluated at a wrong place, and
-    # errors may compound: d(f - phi)/ddelta = D_G + u(f) - u(phi). Let L be the rate at which
-    # u(f) - u(phi) makes f - phi longer: L > 0 between modes, mostly L < 0 inside of one. Then
-    # ||f - phi|| at 1 <= integral over delta of ||D_G(delta)|| exp(integral of L from delta to 1),
-    # Gronwall's inequality.
+    # errors may compound. With the error e = f - phi, de/ddelta = D_G + u(f) - u(phi). At each
+    # delta let L = <e, u(f) - u(phi)> / ||e||^2, the growth rate of an error. Then (Gronwall)
+    # ||e|| at 1 <= integral over delta of ||D_G(delta)|| exp(integral of L from delta to 1).
+    # Between modes paths part, L > 0, and a small early D_G can end as a large error. Inside of a
+    # mode mostly L < 0, and errors shrink.
     f = z + expand(delta) * F
     return F + expand(delta) * dF - u(f, 1 - delta, y)  # [7] as a residual: D_G of [9]
 
@@ -203,7 +206,7 @@ def correction_gradient(v_N, u, x_r, r, y=None):
 
     Why the loss F(z, 1) . D_N, with D_N constant, descends a KL divergence:
     1. The gradient of KL(student's x_r || teacher's x_r) is E[(dx_r/dtheta)^T (student's score -
-       teacher's score)] [10]. (The student's density changes too; the mean of this term is 0.)
+       teacher's score)] [10]. (The student's log p changes too, but E[dlog p/dtheta] = 0.)
     2. A score is -E[n | x_r] / r, and n = x_r - (1 - r) (x - n). So with v = E[x - n | x_r] it is
        ((1 - r) v - x_r) / r, and the scores differ by (1 - r) / r D_N.
     3. x = z + F(z, 1), so dx_r/dtheta = (1 - r) dF/dtheta.
@@ -211,8 +214,8 @@ def correction_gradient(v_N, u, x_r, r, y=None):
     each noise level counts.
 
     Why D_N is not zero even for a perfect student, if u is guided or learned: gamma u(.|y) +
-    (1 - gamma) u(.|null) is no conditional mean, and networks have errors. So u is not exactly the
-    velocity of the samples that its own ODE generates, noised again, and the KL is approximate.
+    (1 - gamma) u(.|null) is not a conditional mean, and networks have errors. So u is not exactly
+    the velocity of the samples that its own ODE generates, noised again. The KL is approximate.
     """
     return v_N - u(x_r, r, y)  # [11]
 
@@ -224,23 +227,12 @@ def decay(D, k):
     """D / (||D||^2 / d + eps)^k, per sample: the adaptive weight of MeanFlow (arXiv 2505.13447).
 
     What k does: with k = 0 (squared residual) a few noises with large residuals dominate. With 1/2
-    all samples pull about equally, with 1 large residuals are damped. Where they are large the
-    losses disagree: prediction pulls a sample to its own path's end, correction to a mode that is
-    near. So k matters with a correction: the paper's FID (DiT-B/2) is 43.5, 10.6, 5.6 for k = 0,
-    1/2, 1, and about 12 for all three without one.
+    all samples pull about equally, with 1 large residuals are damped. Where residuals are large,
+    the two losses fight: prediction pulls a sample to the end of its own path, correction to a
+    mode that is near. A large k lets the correction win there. So k matters only with a correction:
+    the paper's FID (DiT-B/2) is 43.5, 10.6, 5.6 for k = 0, 1/2, 1; without one about 12 for each.
     """
     return D / expand((mean_square(D) + EPS) ** k)
-
-
-TEACHER, STUDENT, WEIGHTS, EVALUATION, SAMPLING = range(5)  # streams of random numbers
-
-
-def generator(*key):
-    """A random generator that depends only on the integers in `key`: seed, stream, step. So an
-    interrupted run continues with the same numbers. And all processes draw the same batch, of which
-    each takes its own rows. So the number of processes does not change the result, up to rounding.
-    (The number of micro-batches does: each has a lambda of its own.)"""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
 class Distiller(nn.Module):
@@ -248,7 +240,7 @@ class Distiller(nn.Module):
     critic. train and TrainState.update of section 6 change the weights.
 
     network: a velocity network, read as the student's F; critic: another, which learns v_N. Both
-    start as copies of the teacher, the critic since v_N goes to u as the student becomes right.
+    start as copies of the teacher, the critic since v_N is near u once the student is right.
     teacher: u(x, t, y), never changed. config: a Config. The paper has prediction "jvp", decay
     k = 1, alpha = 1, r_location 0.8 and correction_share 1/4. Each loss is a mean over its own
     rows, so the share is not a weight: it says how many rows estimate each.
@@ -294,11 +286,11 @@ class Distiller(nn.Module):
             if len(z_G):
                 # Why lambda: it gives D_N the size of D_G before its decay, so the correction fades
                 # as the prediction succeeds. (At k = 1 the decayed D_G grows like 1 / ||D_G|| then,
-                # until eps stops it. So the correction's share falls even faster.)
+                # until eps stops it. So beside it the correction fades even faster.)
                 norms = torch.stack([mean_square(D).sqrt().mean() for D in (D_G, D_N)])
                 norm_G, norm_N = mean_over_processes(norms)
                 lambda_ = config.alpha * norm_G / (norm_N + EPS)
-            # D_N is not decayed: a factor that depends on x_r would make this no gradient of a KL.
+            # D_N is not decayed: with a factor that depends on x_r it is not the gradient of a KL.
             loss = loss + lambda_ * (F * D_N).mean()  # its gradient is [10]
             loss = loss + critic_loss  # trains the critic alone, since x is detached
             metrics |= {"correction": mean_square(D_N).mean(), "critic": critic_loss.detach(),
@@ -312,9 +304,10 @@ class Distiller(nn.Module):
         solved up to delta, and F is compared with the average velocity from z to where that ends.
         Rows with delta = h start at z: they learn the teacher's own path.
 
-        As h -> 0 this is [9] times h / delta, if the student's own weights jump. With ema_target
-        averaged weights do, a calmer target. Then h must be long, because the difference of the two
-        students does not shrink with h.
+        For a short h the end is f(delta - h) + h u, and the result is (f(delta) - f(delta - h) -
+        h u) / delta = h / delta (v_G - u): [9] times h / delta. With ema_target f(delta - h) comes
+        from averaged weights, for a less noisy target. Then f(delta) - f(delta - h) also holds how
+        far the weights are from their average. This does not shrink with h, so h must be long.
         """
         start = (self.ema_student or self.student).f(z, delta - h, y, guidance)
         end = solve_ode(u, start, self.config.solver_steps, "rk4", y, t=1 - delta + h, length=h)
@@ -323,13 +316,13 @@ class Distiller(nn.Module):
     def draw(self, step):
         """The batch of a training step, from the prior alone: {name: one row a sample}."""
         config = self.config
-        g = generator(config.seed, STUDENT, step)
+        g = generator(config.seed, STUDENT, step)  # the same numbers whenever it is asked for
         correct = config.corrections  # rows that correct
         predict = config.batch_size - correct
         batch = {**self.draw_prior(predict, "_G", g), **self.draw_prior(correct, "_N", g)}
-        # Stratified: row i draws U in the i-th of equal parts of (0, 1). With a delta_scale above 1
-        # many rows have delta = 1 and train the sample itself. That is for form solver, which
-        # compares states; at delta = 1 jvp and difference would mend the last velocity only.
+        # Stratified: each row draws U in a part of (0, 1) of its own. With a delta_scale above 1
+        # many rows have delta = 1. That is for form solver, whose residual there is the error of
+        # the sample f(z, 1). Those of jvp and difference are errors of the velocity at delta only.
         U = 1 - (torch.arange(predict) + torch.rand(predict, generator=g)) / predict
         batch["delta"] = (config.delta_scale * U).clamp(1e-3, 1)  # solver divides by delta
         if config.prediction == "solver":
@@ -337,7 +330,8 @@ class Distiller(nn.Module):
             batch["h"] = torch.minimum(longest, batch["delta"])
         # Why r lies near the noise (median sigmoid(0.8) = 0.69): with little noise the x_r of
         # student and teacher hardly overlap where the student is wrong, and D_N says nothing about
-        # modes that it lacks. With much noise D_N moves whole modes and their share of the samples.
+        # modes that the student lacks. With much noise D_N moves whole modes and changes how many
+        # samples they have.
         batch["r"] = torch.sigmoid(config.r_location + torch.randn(correct, generator=g))
         batch["n"] = torch.randn(correct, *self.network.shape, generator=g)
         return batch
@@ -370,7 +364,7 @@ class GaussianMixture(nn.Module):
         self.register_buffer("means", means)
         self.register_buffer("labels", labels)
         self.blur, self.num_classes = blur, num_classes
-        self.is_known = len(means) <= 2000  # velocity and support take memory of B x K numbers
+        self.is_known = len(means) <= 2000  # velocity and support need memory for B x K numbers
         self.shape = (means.shape[1], 1, 1)
         self.center, self.scale = center, scale
 
@@ -435,7 +429,7 @@ class FlowMatching(nn.Module):
 
 class Embedder(nn.Module):
     """A number per sample, (B,) -> (B, E): cosines and sines, then a small MLP. DiT multiplies t by
-    1000, this file does not: a small error of a fast wave is a large error of dF/ddelta."""
+    1000, this file does not: the faster the waves, the larger the errors of dF/ddelta."""
 
     def __init__(self, E):
         super().__init__()
@@ -513,7 +507,7 @@ class DiT(nn.Module):
             "linear": nn.Linear(E, p * p * C)})
         self.activation_checkpointing = False
         # As in DiT, blocks start as the identity and the output as zero. Unlike there, embedders
-        # are scaled by their width: with DiT's 0.02 a network as narrow as a toy's learns slowly.
+        # start at a scale that follows their sizes: with DiT's 0.02 a narrow network learns slowly.
         for name, parameter in self.named_parameters():
             if name.endswith("bias") or "adaLN_modulation" in name or "final_layer" in name:
                 nn.init.zeros_(parameter)
@@ -629,15 +623,6 @@ class UserError(Exception):
     """Something the user can correct: (message, exit status 1 or 2). main prints the message."""
 
 
-@contextlib.contextmanager
-def explained(advice):
-    """Within it any exception becomes a UserError that says what to do."""
-    try:
-        yield
-    except Exception as e:
-        raise UserError(f"{advice} ({type(e).__name__}: {str(e)[:300]})") from e
-
-
 def option(default, help, low=-math.inf, high=math.inf, choices=None):
     """A field of Config: default, help, closed range or choices."""
     limits = {"help": help, "low": low, "high": high, "choices": choices}
@@ -668,7 +653,7 @@ class Config:
     teacher_format: str = option("", "of a file that may be either", choices=["", "sit", "repa"])
     trust_teacher: bool = option(False, "distill a teacher whose samples do not look like data")
     exact_teacher: bool = option(False, "distill the exact velocity of a toy")
-    student: str = option("", "train this student.pt on, instead of a copy of the teacher")
+    student: str = option("", "start from this student.pt, instead of a copy of the teacher")
     # network: teacher, student and critic
     hidden_size: int = option(48, "width", 8)
     depth: int = option(3, "number of blocks", 1)
@@ -689,11 +674,11 @@ class Config:
     delta_scale: float = option(1.0, "delta = min(1, this x U(0, 1)); above 1: for form solver", 1)
     solver_interval: float = option(0.6, "form solver: the longest interval h", 1e-4, 1)
     solver_steps: int = option(2, "form solver: RK4 steps of the teacher in an interval", 1)
-    ema_target: bool = option(False, "form solver: jump by the student's averaged weights")
+    ema_target: bool = option(False, "form solver: jump with the student's averaged weights")
     decay: float = option(1.0, "k: D_G is divided by (||D_G||^2 / d + eps)^k", 0, 1)
     # correction [10, 11]
     correction_share: float = option(0.25, "of the batch; 0: predict only, 1: correct only", 0, 1)
-    alpha: float = option(1.0, "lambda = alpha E||D_G|| / E||D_N||", 0)
+    alpha: float = option(1.0, "lambda = alpha E||D_G|| / E||D_N||; form solver has smaller D_G", 0)
     r_location: float = option(0.8, "r = sigmoid(r_location + N(0, 1)); higher: more noise")
     # guidance of the teacher
     guidance_max: float = option(1.0, "train for strengths from 1 to this; 1: no guidance", 1)
@@ -732,14 +717,6 @@ class Config:
             raise UserError(f"--guidance: the student is trained for 1 to {self.guidance_max}", 2)
 
 
-# Settings that may differ when a run continues: those of speed and of measures, learning rates, and
-# names of things whose content claim_folder compares instead (recipe, data, teacher, student).
-MAY_CHANGE = {
-    "recipe", "quick", "stage", "out", "debug", "data", "teacher", "student", "trust_teacher",
-    "guidance", "learning_rate", "teacher_learning_rate", "critic_learning_rate", "device",
-    "compile", "micro_batch_size", "activation_checkpointing", "eval_samples", "samples",
-    "classes"}
-
 # The defaults of Config, then PRESETS (what a data set needs), RECIPES (which algorithm), QUICK
 # (how large), then flags: a later one wins. So --dataset mnist has alpha 1, with --quick 0.3.
 #
@@ -769,15 +746,14 @@ SMALL = {"hidden_size": 96, "depth": 4, "num_heads": 3, "patch_size": 4, "batch_
          "teacher_steps": 5000, "teacher_learning_rate": 2e-3, "steps": 4000, "eval_samples": 500,
          "learning_rate": 2e-3, "critic_learning_rate": 2e-3, "ema_decay": 0.995, "alpha": 0.3,
          "precision": "float32"}
-QUICK = {"toy2d": {"teacher_steps": 300, "steps": 300},
-         "mnist": SMALL, "cifar10": SMALL, "imagenet": {}}
+QUICK = {"toy2d": {"teacher_steps": 300, "steps": 300}, "mnist": SMALL, "cifar10": SMALL}
 
 
 def make_config(dataset="toy2d", recipe="", quick=False, **given):
     """The settings of a data set: its preset, then those of a recipe ("paper" or "fast"; default:
     fast for toys, otherwise paper), then the sizes of quick, then what is given."""
     recipe = recipe or ("fast" if dataset == "toy2d" else "paper")
-    sizes = QUICK[dataset] if quick else {}
+    sizes = QUICK.get(dataset, {}) if quick else {}
     settings = {**PRESETS[dataset], **RECIPES[recipe], **sizes, **given}
     return Config(dataset=dataset, recipe=recipe, quick=quick, **settings)
 
@@ -791,6 +767,17 @@ RANK = int(LAUNCH.get("RANK", 0))  # process 0 of WORLD writes the files
 WORLD = int(LAUNCH.get("WORLD_SIZE", 1))
 LOG_INTERVAL = 50  # steps between lines of the log; every fifth line has the endpoint error
 CHECKPOINT_INTERVAL = 500
+
+
+TEACHER, STUDENT, WEIGHTS, EVALUATION, SAMPLING = range(5)  # streams of random numbers
+
+
+def generator(*key):
+    """A random generator that depends only on the integers in `key`: seed, stream, step. So an
+    interrupted run continues with the same numbers. And all processes draw the same batch, of which
+    each takes its own rows. So the number of processes does not change the result, up to rounding.
+    (The number of micro-batches does: each has a lambda of its own.)"""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
 def mean_over_processes(v):
@@ -820,18 +807,18 @@ def make_distiller(start, config, teacher=None, student=None):
     its teacher. teacher: another one; student: the network of another student to start from."""
     student = DiT.from_teacher(student or start, config.is_guided)
     critic = DiT.from_teacher(start, config.is_guided) if config.corrections else None
-    distiller = Distiller(student, critic, teacher or start, config)
-    return distiller.to(device_of(start))
+    return Distiller(student, critic, teacher or start, config).to(device_of(start))
 
 
 class TrainState:
-    """What training has reached: networks, average of the weights, optimizer, step."""
+    """What training has reached: networks, average of the weights, optimizer, step, log, and how
+    many steps in a row were skipped."""
 
     WARMUP = 100  # steps in which the learning rate rises
     CLIP = 1.0  # largest norm of the gradient of a network
 
     def __init__(self, module, config):
-        self.config, self.step, self.log = config, 0, []
+        self.config, self.step, self.skipped, self.log = config, 0, 0, []
         self.ema = copy.deepcopy(module.network).requires_grad_(False)
         trained = {"model": module.network}
         if getattr(module, "critic", None):
@@ -843,15 +830,15 @@ class TrainState:
         self.parts = {**trained, "ema": self.ema, "optimizer": self.optimizer}  # of a checkpoint
         if config.ema_target:
             module.ema_student = FlowMap(self.ema)
-        for network in [*trained.values(), self.ema, getattr(module, "teacher", None)]:
+        for network in [*module.modules(), self.ema]:  # student, critic, teacher, average
             if isinstance(network, DiT):
                 network.activation_checkpointing = config.activation_checkpointing
                 if config.compile:
                     network.compile()
 
     def update(self, loss):
-        """One step of the weights and of their average, unless loss or gradients are not finite;
-        returns whether. The learning rate rises linearly, then falls linearly to 0."""
+        """One step of the weights and of their average, unless loss or gradients are not finite.
+        The learning rate rises linearly, then falls linearly to 0."""
         groups = self.optimizer.param_groups
         norms = [nn.utils.clip_grad_norm_(group["params"], self.CLIP) for group in groups]
         is_finite = torch.stack([loss, *norms]).isfinite().all().item()
@@ -866,7 +853,7 @@ class TrainState:
                 torch._foreach_lerp_(list(self.ema.parameters()), groups[0]["params"], 1 - keep)
         self.optimizer.zero_grad()
         self.step += 1
-        return is_finite
+        self.skipped = 0 if is_finite else self.skipped + 1
 
     def keep(self, path):
         """Process 0 writes a checkpoint, and the log beside it. Not in it: states of random
@@ -891,12 +878,10 @@ def train(module, config, state=None):
     """
     state = state or TrainState(module, config)
     device = device_of(module.network)
-    skipped = 0
-    parallel = module
-    if WORLD > 1:
-        # Why DDP wraps the loss, not a network: it synchronises gradients of what its own forward
-        # computes. The loss calls module.network itself and would silently pass by a DDP around it.
-        parallel = nn.parallel.DistributedDataParallel(module)
+    # Why DDP wraps the loss, not a network: it synchronises gradients of what its own forward
+    # computes. The loss calls module.network itself and would bypass a DDP around it, silently:
+    # each process would then train on its own rows only.
+    parallel = nn.parallel.DistributedDataParallel(module) if WORLD > 1 else module
     while state.step < config.steps:
         batch, sums = module.draw(state.step), []
         count = count_micro_batches(config, *{len(v) for v in batch.values()})
@@ -912,20 +897,19 @@ def train(module, config, state=None):
                 (loss / count).backward()  # DDP then takes the mean over processes
             sums.append(torch.stack([loss.detach(), *metrics.values()]))
         loss, *means = mean_over_processes(torch.stack(sums).mean(0))
-        is_updated = state.update(loss)
-        skipped = 0 if is_updated else skipped + 1
-        if skipped == 10:
+        state.update(loss)
+        if state.skipped == 10:
             advice = "lower the learning rate; the same command continues from the last checkpoint"
             if not all(v.isfinite().all() for v in batch.values()):
                 advice = "the data holds numbers that are not finite, remove them"
             raise UserError(f"step {state.step}: ten consecutive steps are not finite: {advice}")
-        metrics = {**dict(zip(metrics, means)), "skipped": torch.tensor(float(skipped > 0))}
+        metrics = {**dict(zip(metrics, means)), "skipped": torch.tensor(float(state.skipped > 0))}
         yield state.step, metrics, state
 
 
 # 7. Measures -------------------------------------------------------------------------------------
 
-ENDPOINT_STEPS = 32  # RK4 steps to the teacher's endpoints; large sets of samples take SET_STEPS
+PATH_STEPS = 32  # RK4 steps to the teacher's endpoints; large sets of samples take SET_STEPS
 SET_STEPS = 8
 
 
@@ -960,9 +944,9 @@ def student_path(student, z, points, y=None, guidance=None):
 
 
 def search_noise(student, reward, N, y=None, guidance=None, generator=None, keep=1):
-    """The `keep` of N noises with the largest reward of samples, (N, C, H, W) -> (N,), best first:
-    the paper's inference-time scaling. From these noises the teacher's samples are nearly the same.
-    """
+    """Draw N noises, return those `keep` whose samples have the largest rewards, best first.
+    reward: (N, C, H, W) -> (N,). The paper's inference-time scaling: a noise costs one evaluation,
+    and from the noises that are found the teacher draws nearly the same samples."""
     z = draw_noise(student.network, N, generator)
     return z[reward(jump(student, z, y, guidance)).topk(keep).indices]
 
@@ -1001,7 +985,7 @@ def endpoint_score(teacher, network, config):
     y, strength = conditions(network, config, N)
     u = guided(teacher, strength, config.guidance_interval)
     z = draw_noise(network, N, generator(config.seed, EVALUATION, 0))
-    phi = in_batches(lambda z, y: solve_ode(u, z, ENDPOINT_STEPS, "rk4", y), z, y)
+    phi = in_batches(lambda z, y: solve_ode(u, z, PATH_STEPS, "rk4", y), z, y)
     return lambda average: relative_error(jump(FlowMap(average), z, y, strength), phi)
 
 
@@ -1015,9 +999,8 @@ def evaluate(student, teacher, data, config, out, log):
     u = guided(teacher, strength, config.guidance_interval)
     z, other = draw_noise(network, 2 * N, generator(config.seed, EVALUATION, 1)).chunk(2)
     few = slice(max(128, 2000 // math.prod(network.shape)))
-    points = ENDPOINT_STEPS
-    path = in_batches(lambda z, y: solve_ode(u, z, points, "rk4", y, True), z[few], y[few], 1)
-    jumps = in_batches(lambda z, y: student_path(student, z, points, y, strength),
+    path = in_batches(lambda z, y: solve_ode(u, z, PATH_STEPS, "rk4", y, True), z[few], y[few], 1)
+    jumps = in_batches(lambda z, y: student_path(student, z, PATH_STEPS, y, strength),
                        z[few], y[few], 1)
     errors = [relative_error(a, b, path[-1]) for a, b in zip(jumps, path)]
     sets = {"teacher": in_batches(lambda z, y: solve_ode(u, z, SET_STEPS, "rk4", y), z, y),
@@ -1044,7 +1027,7 @@ def evaluate(student, teacher, data, config, out, log):
 
 
 # 8. Pictures -------------------------------------------------------------------------------------
-# One colour for one thing, everywhere. Functions return a Figure, which a notebook shows after
+# Each thing has the same colour everywhere. Functions return a Figure, which a notebook shows after
 # %matplotlib inline. They do without pyplot: the settings of a session stay as they are.
 
 COLORS = {"data": "#4d4d4d", "teacher": "#2166ac", "student": "#e08214", "critic": "#7b3294"}
@@ -1057,8 +1040,7 @@ def plane(x):
 
 def to_view(x, network):
     """Samples as one looks at them, on the CPU: points in the data's coordinates, 3 channels."""
-    if x.shape[1] > 3:
-        x = x[:, :3] / 2
+    x = x[:, :3] / 2 if x.shape[1] > 3 else x
     scale, center = (torch.tensor(network.settings[name], dtype=torch.float64)[..., None, None]
                      for name in ("scale", "center"))
     return x.cpu() * scale + center
@@ -1067,14 +1049,12 @@ def to_view(x, network):
 def panels(N, view, width, rows=1):
     """N square panels with one view, which holds nearly all of the points view (..., 2, 1, 1)."""
     figure = Figure((width * N / rows, width * rows + 0.4), layout="constrained")
-    axes = figure.subplots(rows, N // rows, squeeze=False)
     low, high = np.quantile(view.reshape(-1, 2).cpu().numpy(), [0.001, 0.999], axis=0)
     half = 0.575 * (high - low)
     half = np.where(half.max() < 5 * half, half.max(), half)  # one scale, if they are comparable
     xlim, ylim = np.stack([(low + high) / 2 - half, (low + high) / 2 + half], 1)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[], xlim=xlim, ylim=ylim, box_aspect=1)
-    return figure, axes.flatten()
+    style = {"xticks": [], "yticks": [], "xlim": xlim, "ylim": ylim, "box_aspect": 1}
+    return figure, figure.subplots(rows, N // rows, squeeze=False, subplot_kw=style).flatten()
 
 
 def draw_set(axis, x, name, columns=6):
@@ -1183,6 +1163,15 @@ def save_pictures(network, metrics, sets, path, jumps, out):
 # What is read from files and written to them. Skip at first.
 
 
+@contextlib.contextmanager
+def explained(advice):
+    """Within it any exception becomes a UserError that says what to do."""
+    try:
+        yield
+    except Exception as e:
+        raise UserError(f"{advice} ({type(e).__name__}: {str(e)[:300]})") from e
+
+
 def save(path, write):
     """Call write(file). The file at `path` is then replaced as a whole, or not at all."""
     part = path.with_name(f"{path.name}.part")
@@ -1237,8 +1226,7 @@ def open_data(config):
             source(config.data, download=True)
         mean_over_processes(torch.zeros(1))
         found = source(config.data)
-    x = torch.as_tensor(found.data).numpy()
-    x = x.reshape(len(found.targets), *x.shape[1:3], -1).transpose(0, 3, 1, 2)  # (N, C, H, W)
+    x = np.asarray(found.data).reshape(*found.data.shape[:3], -1).transpose(0, 3, 1, 2)  # NCHW
     if config.dataset == "cifar10":  # and its mirror images
         return ImageData(np.concatenate([x, x[..., ::-1]]), 2 * list(found.targets), 10)
     return ImageData(x, found.targets, 10)
@@ -1369,7 +1357,7 @@ def check_teacher(teacher):
     """
     z = draw_noise(teacher, 16, generator(0))
     y = torch.arange(16, device=z.device) % max(1, teacher.num_classes)
-    x = in_batches(lambda z, y: solve_ode(teacher, z, 8, "heun", y), z, y)
+    x = solve_ode(teacher, z, 8, y=y)
     neighbours = torch.stack([x[..., 1:].flatten(), x[..., :-1].flatten()])
     correlation = torch.corrcoef(neighbours)[0, 1].item()
     spread = x.std().item()
@@ -1387,9 +1375,7 @@ def forwards_needed(module, config):
     teacher = 1 + config.is_guided
     if not isinstance(module, Distiller):
         return training * config.batch_size
-    target = 2 + teacher
-    if config.prediction == "solver":
-        target = 1 + 4 * config.solver_steps * teacher
+    target = 1 + 4 * config.solver_steps * teacher if config.prediction == "solver" else 2 + teacher
     predict = (training + target) * (config.batch_size - config.corrections)
     return predict + (2 * training + teacher) * config.corrections
 
@@ -1463,11 +1449,20 @@ def make_parser():
     return parser
 
 
-def claim_folder(config, **sources):
-    """The folder of a run and its lock: --out, or the first of runs/toy2d, runs/toy2d-2, ... that
-    is new or has the config.json of this run. sources: sums of data and given networks. Raises
-    UserError if another run or another process has it. mine: what decides the weights of this run;
-    theirs: the same of the run in the folder."""
+# Settings that may differ when a run continues: those of speed and of measures, learning rates, and
+# names of things whose content claim_folder compares instead (recipe, data, teacher, student).
+MAY_CHANGE = {
+    "recipe", "quick", "stage", "out", "debug", "data", "teacher", "student", "trust_teacher",
+    "guidance", "learning_rate", "teacher_learning_rate", "critic_learning_rate", "device",
+    "compile", "micro_batch_size", "activation_checkpointing", "eval_samples", "samples",
+    "classes"}
+
+
+def claim_folder(config, held, **sources):
+    """The folder of a run: --out, or the first of runs/toy2d, runs/toy2d-2, ... that is new or has
+    the config.json of this run. held: an ExitStack, which gets the folder's lock. sources: sums of
+    data and given networks. Raises UserError if another run or another process has the folder.
+    mine: what decides the weights of this run; theirs: the same of the run in the folder."""
     mine = {name: v for name, v in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
     mine = json.loads(json.dumps({**mine, **sources}))  # as it comes back from the file
     for i in itertools.count(1):
@@ -1475,23 +1470,20 @@ def claim_folder(config, **sources):
         with explained(f"{folder} cannot be used: give another --out"):
             folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / "lock", timeout=0)
-        try:
-            held = lock.acquire()  # the lock of a process that dies is free
-        except Timeout:
-            held = None
+        with contextlib.suppress(Timeout):
+            held.enter_context(lock)  # the lock of a process that dies is free
         file = folder / "config.json"
         theirs = json.loads(file.read_text()) if file.exists() else {}
-        if held and theirs in ({}, mine):
+        if lock.is_locked and theirs in ({}, mine):
             save(file, lambda part: part.write(json.dumps(mine, indent=1).encode()))
-            return folder, held
-        lock.release()
+            return folder
+        held.close()
         if theirs == mine:
             raise UserError(f"{folder} is in use by another process: wait, or give another --out")
         if config.out:
-            break
-    other = next(name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name))
-    raise UserError(f"--out {folder} holds a run with {flag(other)} {theirs.get(other)}, not "
-                    f"{mine.get(other)}: give another --out, or the same settings", 2)
+            other = next(name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name))
+            raise UserError(f"--out {folder} holds a run with {flag(other)} {theirs.get(other)}, "
+                            f"not {mine.get(other)}: give another --out, or the same settings", 2)
 
 
 def new_network(data, config):
@@ -1541,23 +1533,20 @@ def run_training(given):
         x, _ = data.draw(64, generator(0))
         sources["data"] = [x.double().sum().item(), len(data.labels), data.center, data.scale]
     network = teacher or new_network(data, config).to(device)
-    if student and not teacher:
-        raise UserError("--student: give its --teacher too", 2)
-    if student and student.settings != {**network.settings, "guidance": config.is_guided}:
-        raise UserError("--student: it has other sizes, data or guidance than this run", 2)
+    sizes = {**network.settings, "guidance": config.is_guided}
+    if student and (teacher is None or student.settings != sizes):
+        raise UserError("--student: give its --teacher too, and its sizes and guidance", 2)
     if config.exact_teacher and not getattr(data, "is_known", False):
         raise UserError("--exact-teacher: only toys have one, with 2000 points at most", 2)
     count_micro_batches(config, config.batch_size - config.corrections, config.corrections)
     if config.dataset == "toy2d":  # more threads gain nothing on networks as small as these
         torch.set_num_threads(1)
-    if config.precision == "bfloat16":  # fast products also of what stays float32
-        torch.set_float32_matmul_precision("high")
-    out, held = [None], contextlib.nullcontext()
-    if RANK == 0:
-        out[0], held = claim_folder(config, **sources)
-    if WORLD > 1:
-        distributed.broadcast_object_list(out)
-    with held:
+    # With bfloat16 also what stays float32 may use fast products, which round their inputs.
+    torch.set_float32_matmul_precision("high" if config.precision == "bfloat16" else "highest")
+    with contextlib.ExitStack() as held:
+        out = [claim_folder(config, held, **sources) if RANK == 0 else None]
+        if WORLD > 1:
+            distributed.broadcast_object_list(out)
         run_stages(network, student, data, config, out[0])
 
 
