@@ -20,8 +20,8 @@ Conventions, everywhere in this file
         and D_N = v_N - u.
     Samples are images (B, C, H, W) of d = C H W values; a point of the plane is 2 x 1 x 1.
     t, delta, r and guidance (the strength gamma) are (B,), or (1,) if one value serves all.
-    Labels y are int64, (B,) or (1,). num_classes is the null label, for "any class". y=None is the
-        same.
+    Labels y are int64, (B,) or (1,). The label num_classes is the null label, "any class"; so is
+        y=None.
 
 Commands to paste; the same command continues a run that was interrupted
     python fmd.py --dataset toy2d                            # a 2-D toy: teacher, student, pictures
@@ -81,9 +81,9 @@ class FlowMap:
     """The student: a velocity network read as F, the average velocity from t = 1 to t = 1 - delta.
     It has no weights of its own, so it is not an nn.Module.
 
-    Why it starts with the teacher's weights: over an interval of length 0 the average velocity is
-    the velocity at its start, F(z, 0) = u(z, 1). So without guidance this start is right at
-    delta = 0, and training extends it to larger delta.
+    Why its first weights are the teacher's: over an interval of length 0 the average velocity is
+    the velocity at t = 1, F(z, 0) = u(z, 1). So (without guidance) they are exactly right at
+    delta = 0, and training extends this to larger delta.
     """
 
     def __init__(self, network):
@@ -160,7 +160,8 @@ def mean_square(D):
 # derivative of F and a derivative of u. And the loss could then fall in a wrong way, by moving f to
 # where u happens to be near v_G. (The jvp is forward-mode: it also works under no_grad.)
 @torch.no_grad()
-def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp", h=0.005, F=None):
+def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp", spacing=0.005,
+                        F=None):
     """Predict: D_G = v_G - u(f, 1 - delta) [9], where v_G = df/ddelta = F + delta dF/ddelta.
 
     [7] says that v_G = u(f, 1 - delta). If it holds for all z and delta, f = phi: f(z, 0) = z, and
@@ -169,7 +170,14 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
 
     form: how dF/ddelta is computed (`solver` is below). Raises ValueError for another form.
       jvp         forward-mode derivative, exact for these weights
-      difference  (F(z, delta + h) - F(z, delta - h)) / 2h, one-sided at the ends
+      difference  (F(z, delta + s) - F(z, delta - s)) / 2s with s = spacing, one-sided at the ends
+
+    The price of evaluating u at f: while f is wrong, this is a wrong place, and errors compound.
+    Let e = f - phi. Then de/ddelta = D_G + u(f) - u(phi), so d||e||/ddelta <= ||D_G|| + L ||e||,
+    where L = <e, u(f) - u(phi)> / ||e||^2 is the rate at which u lets an error grow. By Gronwall
+        ||e|| at delta = 1 <= integral over delta of ||D_G|| exp(integral of L from delta to 1).
+    Between modes paths part: L > 0, and a small early D_G can end as a large error. Inside of a
+    mode mostly L < 0, and errors shrink.
     """
     if F is None:
         F = student.F(z, delta, y, guidance)
@@ -181,19 +189,14 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
             _, dF = torch.func.jvp(
                 lambda d: student.F(z, d, y, guidance), (delta,), (torch.ones_like(delta),))
     elif form == "difference":
-        low = (delta - h).clamp(min=0)
-        high = (delta + h).clamp(max=1)
+        low = (delta - spacing).clamp(min=0)
+        high = (delta + spacing).clamp(max=1)
         dF = student.F(z, high, y, guidance) - student.F(z, low, y, guidance)
         dF = dF / expand(high - low)
     else:
         raise ValueError(f"prediction_gradient: {form} is not jvp or difference")
-    # Why u is evaluated at f: the ODE says df/ddelta = u(f, 1 - delta), and f is computed without
-    # data and without a solver. The price: while f is wrong, u is evaluated at a wrong place, and
-    # errors may compound. With the error e = f - phi, de/ddelta = D_G + u(f) - u(phi). At each
-    # delta let L = <e, u(f) - u(phi)> / ||e||^2, the growth rate of an error. Then (Gronwall)
-    # ||e|| at 1 <= integral over delta of ||D_G(delta)|| exp(integral of L from delta to 1).
-    # Between modes paths part, L > 0, and a small early D_G can end as a large error. Inside of a
-    # mode mostly L < 0, and errors shrink.
+    # Why u is evaluated at f: the ODE says df/ddelta = u(f, 1 - delta). At the solution f is phi,
+    # and until then f is computed without data and without a solver.
     f = z + expand(delta) * F
     return F + expand(delta) * dF - u(f, 1 - delta, y)  # [7] as a residual: D_G of [9]
 
@@ -214,8 +217,8 @@ def correction_gradient(v_N, u, x_r, r, y=None):
     each noise level counts.
 
     Why D_N is not zero even for a perfect student, if u is guided or learned: gamma u(.|y) +
-    (1 - gamma) u(.|null) is not a conditional mean, and networks have errors. So u is not exactly
-    the velocity of the samples that its own ODE generates, noised again. The KL is approximate.
+    (1 - gamma) u(.|null) is not a conditional mean, and networks have errors. Take the samples of
+    u's own ODE, noise them, compute E[x - n | x_r]: it is not exactly u. The KL is approximate.
     """
     return v_N - u(x_r, r, y)  # [11]
 
@@ -228,9 +231,10 @@ def decay(D, k):
 
     What k does: with k = 0 (squared residual) a few noises with large residuals dominate. With 1/2
     all samples pull about equally, with 1 large residuals are damped. Where residuals are large,
-    the two losses fight: prediction pulls a sample to the end of its own path, correction to a
-    mode that is near. A large k lets the correction win there. So k matters only with a correction:
-    the paper's FID (DiT-B/2) is 43.5, 10.6, 5.6 for k = 0, 1/2, 1; without one about 12 for each.
+    the two losses disagree: prediction pulls a sample to the end of its own path, correction to a
+    mode that is near. With k = 0 both pull hard there, with k = 1 the correction decides. So k
+    matters only with a correction: the paper's FID (DiT-B/2) is 43.5, 10.6, 5.6 for k = 0, 1/2, 1;
+    without a correction it is about 12 for each.
     """
     return D / expand((mean_square(D) + EPS) ** k)
 
@@ -272,7 +276,7 @@ class Distiller(nn.Module):
             metrics["prediction"] = mean_square(D_G).mean()
             # Why F * sg(D): its gradient is (dF/dtheta)^T D, that of 1/2 ||F - sg(F - D)||^2 [8],
             # and D can be decayed first. The value, of either sign, means nothing: watch ||D_G||^2.
-            loss = loss + (F * decay(D_G, config.decay)).mean()  # [8]; its gradient is [9]
+            loss = loss + (F * decay(D_G, config.decay)).mean()  # [8]; if k = 0, with gradient [9]
         if len(z_N):  # Correct, at delta = 1: the paper found no gain at other delta
             u = guided(self.teacher, guidance_N, config.correction_interval)
             F = student.F(z_N, torch.ones_like(r), y_N, guidance_N)
@@ -285,8 +289,8 @@ class Distiller(nn.Module):
             D_N = correction_gradient(v_N, u, x_r, r, y_N)
             if len(z_G):
                 # Why lambda: it gives D_N the size of D_G before its decay, so the correction fades
-                # as the prediction succeeds. (At k = 1 the decayed D_G grows like 1 / ||D_G|| then,
-                # until eps stops it. So beside it the correction fades even faster.)
+                # as the prediction succeeds. (At k = 1 the decayed D_G even grows while D_G becomes
+                # small, until eps stops it. So beside it the correction fades faster still.)
                 norms = torch.stack([mean_square(D).sqrt().mean() for D in (D_G, D_N)])
                 norm_G, norm_N = mean_over_processes(norms)
                 lambda_ = config.alpha * norm_G / (norm_N + EPS)
@@ -306,8 +310,9 @@ class Distiller(nn.Module):
 
         For a short h the end is f(delta - h) + h u, and the result is (f(delta) - f(delta - h) -
         h u) / delta = h / delta (v_G - u): [9] times h / delta. With ema_target f(delta - h) comes
-        from averaged weights, for a less noisy target. Then f(delta) - f(delta - h) also holds how
-        far the weights are from their average. This does not shrink with h, so h must be long.
+        from averaged weights, for a less noisy target. Then the difference also contains current
+        minus averaged weights. What is wanted is proportional to h and this is not: with a short h
+        it would dominate. So h must be long. (The weights meet as the learning rate falls.)
         """
         start = (self.ema_student or self.student).f(z, delta - h, y, guidance)
         end = solve_ode(u, start, self.config.solver_steps, "rk4", y, t=1 - delta + h, length=h)
@@ -320,9 +325,9 @@ class Distiller(nn.Module):
         correct = config.corrections  # rows that correct
         predict = config.batch_size - correct
         batch = {**self.draw_prior(predict, "_G", g), **self.draw_prior(correct, "_N", g)}
-        # Stratified: each row draws U in a part of (0, 1) of its own. With a delta_scale above 1
-        # many rows have delta = 1. That is for form solver, whose residual there is the error of
-        # the sample f(z, 1). Those of jvp and difference are errors of the velocity at delta only.
+        # Stratified: each row draws U in a part of (0, 1] of its own. With a delta_scale above 1
+        # many rows have delta = 1. This is for form solver: its residual at delta = 1 is the error
+        # of the sample f(z, 1), that of jvp and difference only one of the velocity there.
         U = 1 - (torch.arange(predict) + torch.rand(predict, generator=g)) / predict
         batch["delta"] = (config.delta_scale * U).clamp(1e-3, 1)  # solver divides by delta
         if config.prediction == "solver":
@@ -330,8 +335,8 @@ class Distiller(nn.Module):
             batch["h"] = torch.minimum(longest, batch["delta"])
         # Why r lies near the noise (median sigmoid(0.8) = 0.69): with little noise the x_r of
         # student and teacher hardly overlap where the student is wrong, and D_N says nothing about
-        # modes that the student lacks. With much noise D_N moves whole modes and changes how many
-        # samples they have.
+        # modes that the student lacks. With much noise D_N moves whole modes and changes each one's
+        # share of the samples.
         batch["r"] = torch.sigmoid(config.r_location + torch.randn(correct, generator=g))
         batch["n"] = torch.randn(correct, *self.network.shape, generator=g)
         return batch
@@ -393,8 +398,8 @@ class GaussianMixture(nn.Module):
         return x[:, :, None, None], self.labels[k]
 
     def coverage(self, x):
-        """Of points (N, d, 1, 1): the share outside, farther than 3.5 blurs from every component;
-        and for each label points inside / points expected, the smallest of these ratios."""
+        """For points (N, d, 1, 1): the share outside, farther than 3.5 blurs from every component;
+        and the smallest ratio of points inside to points expected, over all labels."""
         distance, nearest = torch.cdist(x.flatten(1), self.means).min(1)
         outside = distance > 3.5 * self.blur
         due = self.labels.bincount() * len(x) / len(self.labels)
@@ -438,7 +443,7 @@ class Embedder(nn.Module):
     def forward(self, v):
         frequencies = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=v.device))
         angle = v[:, None] * frequencies  # (B, 128)
-        # In bfloat16, embedders and last layer would cause a third of the error of D_G.
+        # Kept in float32: in bfloat16, embedders and last layer cause a third of D_G's error.
         with torch.autocast(v.device.type, enabled=False):
             return self.mlp(torch.cat([angle.cos(), angle.sin()], 1))
 
@@ -644,13 +649,13 @@ class Config:
     quick: bool = option(False, "a size that two cores train in minutes")
     stage: str = option("all", "what to do", choices=["all", "teacher", "sample"])
     out: str = option("", "folder of the run; default: the next free one under runs/")
-    seed: int = option(0, "decides everything random; with --stage sample the noises", 0)
+    seed: int = option(0, "of all that is random; with --stage sample of the noises", 0)
     debug: bool = option(False, "show where an error comes from")
     # data and teacher
     toy: str = option("checkerboard", f"{', '.join(TOYS)}, or POINTS.npy with N x 2 numbers")
     data: str = option("data", "folder of MNIST and CIFAR-10, or ImageNet latents FILE.npy")
     teacher: str = option("", "distill this file of fmd, SiT or REPA; train no teacher")
-    teacher_format: str = option("", "of a file that may be either", choices=["", "sit", "repa"])
+    teacher_format: str = option("", "if --teacher may be either", choices=["", "sit", "repa"])
     trust_teacher: bool = option(False, "distill a teacher whose samples do not look like data")
     exact_teacher: bool = option(False, "distill the exact velocity of a toy")
     student: str = option("", "start from this student.pt, instead of a copy of the teacher")
@@ -661,7 +666,7 @@ class Config:
     patch_size: int = option(1, "side of a token in pixels", 1)
     # training of both
     batch_size: int = option(256, "samples per step", 1)
-    ema_decay: float = option(0.995, "of the average of the weights, which is measured", 0, 1)
+    ema_decay: float = option(0.995, "of the averaged weights, which are the result", 0, 1)
     label_dropout: float = option(0.1, "share of labels replaced by the null label", 0, 1)
     teacher_steps: int = option(20000, "training steps of the teacher", 1)
     teacher_learning_rate: float = option(3e-4, "peak", 0)
@@ -678,7 +683,7 @@ class Config:
     decay: float = option(1.0, "k: D_G is divided by (||D_G||^2 / d + eps)^k", 0, 1)
     # correction [10, 11]
     correction_share: float = option(0.25, "of the batch; 0: predict only, 1: correct only", 0, 1)
-    alpha: float = option(1.0, "lambda = alpha E||D_G|| / E||D_N||; form solver has smaller D_G", 0)
+    alpha: float = option(1.0, "lambda = alpha E||D_G|| / E||D_N||", 0)
     r_location: float = option(0.8, "r = sigmoid(r_location + N(0, 1)); higher: more noise")
     # guidance of the teacher
     guidance_max: float = option(1.0, "train for strengths from 1 to this; 1: no guidance", 1)
@@ -740,8 +745,8 @@ PRESETS = {
 RECIPES = {"paper": {"prediction": "jvp", "decay": 1.0, "alpha": 1.0},
            "fast": {"prediction": "solver", "decay": 0.5, "alpha": 0.3, "delta_scale": 2.0,
                     "ema_target": True, "correction_share": 0.125}}
-# Minutes on two cores. With these learning rates and alpha 1 digits become unstable, if the student
-# corrects from the start.
+# Minutes on two cores. With these learning rates and alpha 1, training on digits becomes unstable
+# if the student corrects from the start.
 SMALL = {"hidden_size": 96, "depth": 4, "num_heads": 3, "patch_size": 4, "batch_size": 32,
          "teacher_steps": 5000, "teacher_learning_rate": 2e-3, "steps": 4000, "eval_samples": 500,
          "learning_rate": 2e-3, "critic_learning_rate": 2e-3, "ema_decay": 0.995, "alpha": 0.3,
@@ -774,7 +779,7 @@ TEACHER, STUDENT, WEIGHTS, EVALUATION, SAMPLING = range(5)  # streams of random 
 
 def generator(*key):
     """A random generator that depends only on the integers in `key`: seed, stream, step. So an
-    interrupted run continues with the same numbers. And all processes draw the same batch, of which
+    interrupted run continues with the same numbers. And all processes draw the same batch, then
     each takes its own rows. So the number of processes does not change the result, up to rounding.
     (The number of micro-batches does: each has a lambda of its own.)"""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
@@ -1204,7 +1209,7 @@ def load_latents(path):
     if not is_square or x.dtype.kind != "f" or y.dtype.kind not in "iu":
         raise ValueError(f"{x.dtype} of shape {x.shape}, labels {y.dtype} of shape {y.shape}")
     spread = x[:: math.ceil(len(x) / 256)].astype(np.float32).std()
-    if not 0.4 < spread < 2.5 or x.shape[1] == 8:  # 8 channels are means and deviations
+    if not 0.4 < spread < 2.5 or x.shape[1] == 8:  # would be means and deviations
         raise ValueError(f"{x.shape[1]} channels, deviation {spread:.3g}: give scaling_factor x "
                          "samples of the posterior")
     classes, y = np.unique(y, return_inverse=True)
@@ -1265,7 +1270,7 @@ WEIGHTS_IN = ("ema", "model_ema", "ema_model", "ema_state_dict", "shadow",  # av
 
 
 def unwrap(file):
-    """Of a training script's file: its tensors, the keys that lead to them, and its settings."""
+    """Returns a training script's tensors, the keys that lead to them, and its settings."""
     keys, tensors = [], file
     while nested := [k for k in WEIGHTS_IN if isinstance(tensors.get(k), dict)]:
         keys.append(nested[0])

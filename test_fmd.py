@@ -95,7 +95,7 @@ FORMS = [("jvp", 0.1, 1e-9), ("difference", 1e-4, 1e-6), ("solver", 1e-3, 1e-3)]
 def prediction(student, u, z, delta, y=None, form="jvp", h=0.005):
     """D_G by one of the forms."""
     if form != "solver":
-        return fmd.prediction_gradient(student, u, z, delta, y, form=form, h=h)
+        return fmd.prediction_gradient(student, u, z, delta, y, form=form, spacing=h)
     distiller = fmd.Distiller(student.network, None, u, fmd.Config(solver_steps=1))
     h = torch.as_tensor(h, dtype=z.dtype).expand(len(delta))
     D_G = distiller.solver_gradient(u, student.F(z, delta, y), z, delta, h, y, None)
