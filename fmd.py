@@ -162,7 +162,7 @@ def mean_square(D):
 @torch.no_grad()
 def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp", spacing=0.005,
                         F=None):
-    """Predict: D_G = v_G - u(f, 1 - delta) [9], where v_G = df/ddelta = F + delta dF/ddelta.
+    """Predict: D_G = v_G - u(f, 1 - delta) of [9], where v_G = df/ddelta = F + delta dF/ddelta.
 
     [7] says that v_G = u(f, 1 - delta). If it holds for all z and delta, f = phi: f(z, 0) = z, and
     an ODE has one solution from each start. Returns (B, C, H, W). F: F(z, delta), if the caller
@@ -230,11 +230,11 @@ def decay(D, k):
     """D / (||D||^2 / d + eps)^k, per sample: the adaptive weight of MeanFlow (arXiv 2505.13447).
 
     What k does: with k = 0 (squared residual) a few noises with large residuals dominate. With 1/2
-    all samples pull about equally, with 1 large residuals are damped. Where residuals are large,
-    the two losses disagree: prediction pulls a sample to the end of its own path, correction to a
-    mode that is near. With k = 0 both pull hard there, with k = 1 the correction decides. So k
-    matters only with a correction: the paper's FID (DiT-B/2) is 43.5, 10.6, 5.6 for k = 0, 1/2, 1;
-    without a correction it is about 12 for each.
+    all samples pull about equally, with 1 large residuals are damped. Alone it hardly matters: the
+    paper's FID (DiT-B/2) is about 12 for each k. With the correction it is 43.5, 10.6, 5.6 for k =
+    0, 1/2, 1, because where residuals are large the two losses disagree: prediction pulls a sample
+    to the end of its own path, correction to a mode that is near. With k = 0 both pull hard there,
+    with k = 1 the correction decides.
     """
     return D / expand((mean_square(D) + EPS) ** k)
 
@@ -244,14 +244,15 @@ class Distiller(nn.Module):
     critic. train and TrainState.update of section 6 change the weights.
 
     network: a velocity network, read as the student's F; critic: another, which learns v_N. Both
-    start as copies of the teacher, the critic since v_N is near u once the student is right.
+    start as copies of the teacher. The critic, since v_N is near u later: it learns what differs.
     teacher: u(x, t, y), never changed. config: a Config. The paper has prediction "jvp", decay
     k = 1, alpha = 1, r_location 0.8 and correction_share 1/4. Each loss is a mean over its own
     rows, so the share is not a weight: it says how many rows estimate each.
 
-    Why the correction has its own guidance interval: guided, D_N is not zero for a perfect student.
-    With [0, 0.7] it is unguided for r > 0.7, about half of the rows, and pulls to less guidance
-    there. Only an experiment tells which is better: the paper's FID is 5.6, with [0, 1] 8.7.
+    Why the correction has its own guidance interval: guided, D_N is not zero for a perfect student
+    and moves it away; unguided, D_N pulls to less guidance. With [0, 0.7] it is unguided for r >
+    0.7, about half of the rows. One bias is traded for another, and only an experiment tells: the
+    paper's FID is 5.6, with [0, 1] 8.7.
     """
 
     def __init__(self, network, critic, teacher, config):
@@ -274,9 +275,10 @@ class Distiller(nn.Module):
                 D_G = prediction_gradient(student, u, z_G, delta, y_G, guidance_G,
                                           config.prediction, F=F)
             metrics["prediction"] = mean_square(D_G).mean()
-            # Why F * sg(D): its gradient is (dF/dtheta)^T D, that of 1/2 ||F - sg(F - D)||^2 [8],
-            # and D can be decayed first. The value, of either sign, means nothing: watch ||D_G||^2.
-            loss = loss + (F * decay(D_G, config.decay)).mean()  # [8]; if k = 0, with gradient [9]
+            # Why F * sg(D): its gradient is (dF/dtheta)^T D [9], that of 1/2 ||F - sg(F - D)||^2
+            # [8], and D can be decayed first. Its value, of either sign, means nothing: watch
+            # ||D_G||^2.
+            loss = loss + (F * decay(D_G, config.decay)).mean()  # [8, 9], decayed
         if len(z_N):  # Correct, at delta = 1: the paper found no gain at other delta
             u = guided(self.teacher, guidance_N, config.correction_interval)
             F = student.F(z_N, torch.ones_like(r), y_N, guidance_N)
@@ -289,8 +291,9 @@ class Distiller(nn.Module):
             D_N = correction_gradient(v_N, u, x_r, r, y_N)
             if len(z_G):
                 # Why lambda: it gives D_N the size of D_G before its decay, so the correction fades
-                # as the prediction succeeds. (At k = 1 the decayed D_G even grows while D_G becomes
-                # small, until eps stops it. So beside it the correction fades faster still.)
+                # as the prediction succeeds. (At k = 1 the decayed D_G even grows meanwhile, like
+                # 1 / ||D_G||, until eps stops it. So the ratio of the two falls faster still.) The
+                # price: where D_N is small, mostly the critic's error, lambda makes it larger.
                 norms = torch.stack([mean_square(D).sqrt().mean() for D in (D_G, D_N)])
                 norm_G, norm_N = mean_over_processes(norms)
                 lambda_ = config.alpha * norm_G / (norm_N + EPS)
@@ -309,10 +312,10 @@ class Distiller(nn.Module):
         Rows with delta = h start at z: they learn the teacher's own path.
 
         For a short h the end is f(delta - h) + h u, and the result is (f(delta) - f(delta - h) -
-        h u) / delta = h / delta (v_G - u): [9] times h / delta. With ema_target f(delta - h) comes
-        from averaged weights, for a less noisy target. Then the difference also contains current
-        minus averaged weights. What is wanted is proportional to h and this is not: with a short h
-        it would dominate. So h must be long. (The weights meet as the learning rate falls.)
+        h u) / delta = h / delta (v_G - u): [9] times h / delta. With ema_target averaged weights
+        jump, for a less noisy target. Then it is (h (v_G - u) + f - f_ema) / delta, f and f_ema at
+        delta - h. Only the first part shrinks with h. So h must be long then, or f - f_ema, which
+        vanishes only as the learning rate falls, would dominate.
         """
         start = (self.ema_student or self.student).f(z, delta - h, y, guidance)
         end = solve_ode(u, start, self.config.solver_steps, "rk4", y, t=1 - delta + h, length=h)
@@ -326,8 +329,9 @@ class Distiller(nn.Module):
         predict = config.batch_size - correct
         batch = {**self.draw_prior(predict, "_G", g), **self.draw_prior(correct, "_N", g)}
         # Stratified: each row draws U in a part of (0, 1] of its own. With a delta_scale above 1
-        # many rows have delta = 1. This is for form solver: its residual at delta = 1 is the error
-        # of the sample f(z, 1), that of jvp and difference only one of the velocity there.
+        # many rows have delta = 1. This is for form solver: its residual at delta = 1 moves the
+        # sample f(z, 1). That of jvp or difference is the error of the last velocity, which does
+        # not tell where the sample should be.
         U = 1 - (torch.arange(predict) + torch.rand(predict, generator=g)) / predict
         batch["delta"] = (config.delta_scale * U).clamp(1e-3, 1)  # solver divides by delta
         if config.prediction == "solver":
@@ -646,7 +650,7 @@ class Config:
     # the run
     dataset: str = option("toy2d", "data", choices=["toy2d", "mnist", "cifar10", "imagenet"])
     recipe: str = option("", "algorithm: the paper's or ours", choices=["", "paper", "fast"])
-    quick: bool = option(False, "a size that two cores train in minutes")
+    quick: bool = option(False, "a size for two cores and minutes; not for imagenet")
     stage: str = option("all", "what to do", choices=["all", "teacher", "sample"])
     out: str = option("", "folder of the run; default: the next free one under runs/")
     seed: int = option(0, "of all that is random; with --stage sample of the noises", 0)
@@ -657,7 +661,7 @@ class Config:
     teacher: str = option("", "distill this file of fmd, SiT or REPA; train no teacher")
     teacher_format: str = option("", "if --teacher may be either", choices=["", "sit", "repa"])
     trust_teacher: bool = option(False, "distill a teacher whose samples do not look like data")
-    exact_teacher: bool = option(False, "distill the exact velocity of a toy")
+    exact_teacher: bool = option(False, "distill a toy's exact velocity, from a trained start")
     student: str = option("", "start from this student.pt, instead of a copy of the teacher")
     # network: teacher, student and critic
     hidden_size: int = option(48, "width", 8)
@@ -1317,8 +1321,8 @@ def read_public(file, teacher_format="", num_heads=0):
     for name in [name for name in tensors if name.startswith("decoder_blocks.")]:
         _, i, rest = name.split(".", 2)
         tensors[f"blocks.{encoder + int(i)}.{rest}"] = tensors.pop(name)
-    # Time: SiT is called at 1 - t. The cosines and sines of w (1 - t) are those of w t, rotated by
-    # w; rotating the weights that they meet does the same.
+    # Time: SiT is called at 1 - t. cos(w - wt) = cos w cos wt + sin w sin wt, and sin(w - wt) =
+    # sin w cos wt - cos w sin wt. So the weights that meet them are combined in the same way.
     if kind == "SiT":
         w = torch.exp(-math.log(10000) / 128 * torch.arange(128, dtype=torch.float64))
         of_cos, of_sin = tensors["t_embedder.mlp.0.weight"].double().split(128, 1)
@@ -1416,8 +1420,8 @@ def run_stage(kind, module, config, out, score=None):
     bar = tqdm(train(module, config, state), kind, config.steps, initial=state.step,
                disable=RANK > 0 or None)
     for step, metrics, _ in bar:
-        received = mean_over_processes(torch.tensor(float(len(interrupts))))
-        is_last = received > 0 or step == config.steps
+        is_stopped = mean_over_processes(torch.tensor(float(len(interrupts)))) > 0
+        is_last = is_stopped or step == config.steps
         recent.append(metrics)
         if is_last or step % LOG_INTERVAL == 0:
             line = summarise(recent, time.perf_counter() - clock, module, config)
@@ -1428,7 +1432,7 @@ def run_stage(kind, module, config, out, score=None):
             recent, clock = [], time.perf_counter()
         if is_last or step % CHECKPOINT_INTERVAL == 0:
             state.keep(path)
-        if received > 0:
+        if is_stopped:
             bar.close()
             raise UserError(f"interrupted: {path} holds step {step}, the same command continues")
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -1577,8 +1581,9 @@ def run_sampling(given):
     samples.npz in the layout of ADM's evaluation. arr_0 is pictures in uint8 (N, H, W, C), latents
     (N, H, W, C), or points (N, 2); arr_1 is labels (N,). Every process computes its share."""
     dataset = given.pop("dataset", "toy2d")
-    runs = sorted(Path("runs").glob(f"{dataset}*/student.pt"), key=os.path.getmtime)
-    out = Path(given.get("out", [Path("runs", dataset, "student.pt"), *runs][-1].parent))
+    runs = Path("runs").glob(f"{dataset}*/student.pt")
+    newest = max(runs, key=os.path.getmtime, default=Path("runs", dataset, "student.pt"))
+    out = Path(given.get("out", newest.parent))
     network, file = load_network(out / "student.pt", "student", given.get("device", Config.device))
     config = Config(**{**file["config"], "seed": 0, "device": Config.device, **given})
     N = config.samples

@@ -566,11 +566,13 @@ def test_settings_are_those_given_then_of_quick_then_of_recipe_then_of_preset(mo
         is_toy, full = dataset == "toy2d", fmd.make_config(dataset)
         assert full.recipe == ("fast" if is_toy else "paper")
         assert fmd.make_config(dataset, quick=True).recipe == full.recipe
-        assert is_toy or full.alpha == 1
+        assert is_toy or (full.alpha, full.precision) == (1, "bfloat16")
         for c in fmd.make_config(dataset, "paper", True), *([] if is_toy else [full]):
             assert (c.prediction, c.decay, c.correction_share) == ("jvp", 1, 0.25)
             assert 0.3 <= c.alpha <= 3  # the paper's range
             assert (c.delta_scale, c.ema_target, c.r_location) == (1, False, 0.8)
+    for dataset in "toy2d", "mnist", "cifar10":  # for two cores
+        assert fmd.make_config(dataset, quick=True).precision == "float32"
     names = ["depth", "steps", "seed", "samples"]
     monkeypatch.setitem(fmd.PRESETS, "mnist", dict.fromkeys(names, 11))
     monkeypatch.setitem(fmd.RECIPES, "paper", dict.fromkeys(names[1:], 12))
@@ -1044,7 +1046,7 @@ def test_points_that_cannot_be_used_are_one_line(kind, tmp_path, capsys):
     assert line.startswith("fmd: ") and "--toy" in line and not (tmp_path / "out").exists()
 
 
-def test_the_sample_stage(finished, capsys):
+def test_the_sample_stage(finished, tmp_path, monkeypatch, capsys):
     flags = ["--stage", "sample", "--out", finished, "--samples"]
     run(*flags, 7, "--classes", "3,1")
     found = np.load(finished / "samples.npz")
@@ -1059,6 +1061,13 @@ def test_the_sample_stage(finished, capsys):
     assert "below 8" in run(*flags, 7, "--classes", "-1", status=1, capsys=capsys)
     assert "--guidance" in run(*flags, 7, "--guidance", "3", status=2, capsys=capsys)
     assert "student" in run("--stage", "sample", "--out", "nowhere", status=1, capsys=capsys)
+    monkeypatch.chdir(tmp_path)  # without --out: the newest run
+    for age, name in enumerate(["toy2d", "toy2d-3", "toy2d-2"]):
+        shutil.copytree(finished, Path("runs", name))
+        os.utime(Path("runs", name, "student.pt"), (age, age))
+        Path("runs", name, "samples.npz").unlink()
+    run("--stage", "sample", "--samples", 7)
+    assert [str(found.parent) for found in Path("runs").glob("*/samples.npz")] == ["runs/toy2d-2"]
 
 
 BAD_COMMANDS = [
