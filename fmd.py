@@ -1534,7 +1534,7 @@ def run_training(given):
     teacher = open_teacher(given, device) if given.get("teacher") else None
     config = make_config(**given)
     student = load_student(config.student, device).network if config.student else None
-    sources = {name: network.final_layer.linear.weight.cpu().double().sum().item()
+    sources = {name: f"of sum {network.final_layer.linear.weight.cpu().double().sum()}"
                for name, network in (("teacher", teacher), ("student", student)) if network}
     data = None
     if teacher is None or config.dataset == "toy2d":
