@@ -790,7 +790,8 @@ def generator(*key):
 
 
 def mean_over_processes(v):
-    """The mean of a tensor over all processes, the same in each. It also waits for all of them."""
+    """The mean of a tensor over all processes, the same in each; v itself is overwritten. It also
+    waits for all of them."""
     if WORLD > 1:
         distributed.all_reduce(v)
     return v / WORLD
@@ -1626,7 +1627,7 @@ def main(argv=None):
         if WORLD > 1:  # process 0 may measure or download for long while the others wait
             distributed.init_process_group(timeout=datetime.timedelta(minutes=60))
             if given.get("device", Config.device) == "cuda":
-                with explained("--nproc_per_node: give one process for each GPU, or fewer"):
+                with explained("start no more processes than there are GPUs, or give --device cpu"):
                     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         run = run_sampling if given.get("stage") == "sample" else run_training
         run(given)

@@ -1574,6 +1574,14 @@ def test_processes_stop_together_and_refuse_together(tmp_path, monkeypatch):
     subprocess.run([sys.executable, "-c", code], cwd=Path(fmd.__file__).parent, check=True)
 
 
+def test_more_processes_than_gpus_are_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(fmd, "WORLD", 2)
+    monkeypatch.setattr(fmd.distributed, "init_process_group", lambda timeout: None)
+    monkeypatch.setenv("LOCAL_RANK", "99")
+    line = run("--device", "cuda", status=1, capsys=capsys)
+    assert "no more processes than there are GPUs" in line
+
+
 # --- Pictures of a run ---------------------------------------------------------------------------
 
 
