@@ -1050,7 +1050,8 @@ def plane(x):
 
 def to_view(x, network):
     """Samples as one looks at them, on the CPU: points in the data's coordinates, 3 channels."""
-    x = x[:, :3] / 2 if x.shape[1] > 3 else x
+    if x.shape[1] > 3:
+        x = x[:, :3] / 2
     scale, center = (torch.tensor(network.settings[name], dtype=torch.float64)[..., None, None]
                      for name in ("scale", "center"))
     return x.cpu() * scale + center
@@ -1385,7 +1386,9 @@ def forwards_needed(module, config):
     teacher = 1 + config.is_guided
     if not isinstance(module, Distiller):
         return training * config.batch_size
-    target = 1 + 4 * config.solver_steps * teacher if config.prediction == "solver" else 2 + teacher
+    target = 2 + teacher
+    if config.prediction == "solver":
+        target = 1 + 4 * config.solver_steps * teacher
     predict = (training + target) * (config.batch_size - config.corrections)
     return predict + (2 * training + teacher) * config.corrections
 
@@ -1551,8 +1554,8 @@ def run_training(given):
     count_micro_batches(config, config.batch_size - config.corrections, config.corrections)
     if config.dataset == "toy2d":  # more threads gain nothing on networks as small as these
         torch.set_num_threads(1)
-    # With bfloat16 also what stays float32 may use fast products, which round their inputs.
-    torch.set_float32_matmul_precision("high" if config.precision == "bfloat16" else "highest")
+    if config.precision == "bfloat16":  # fast products also of what stays float32
+        torch.set_float32_matmul_precision("high")
     with contextlib.ExitStack() as held:
         out = [claim_folder(config, held, **sources) if RANK == 0 else None]
         if WORLD > 1:
