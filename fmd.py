@@ -20,8 +20,7 @@ Conventions, everywhere in this file
         and D_N = v_N - u.
     Samples are images (B, C, H, W) of d = C H W values; a point of the plane is 2 x 1 x 1.
     t, delta, r and guidance (the strength gamma) are (B,), or (1,) if one value serves all.
-    Labels y are int64, (B,) or (1,). The label num_classes is the null label, "any class"; so is
-        y=None.
+    Labels y are int64, (B,) or (1,). num_classes is the null label, "any class"; y=None is too.
 
 Commands to paste; the same command continues a run that was interrupted
     python fmd.py --dataset toy2d                            # a 2-D toy: teacher, student, pictures
@@ -244,7 +243,7 @@ class Distiller(nn.Module):
     critic. train and TrainState.update of section 6 change the weights.
 
     network: a velocity network, read as the student's F; critic: another, which learns v_N. Both
-    start as copies of the teacher. The critic, since v_N is near u later: it learns what differs.
+    start as copies of the teacher: v_N comes near u, so the critic has to learn a difference only.
     teacher: u(x, t, y), never changed. config: a Config. The paper has prediction "jvp", decay
     k = 1, alpha = 1, r_location 0.8 and correction_share 1/4. Each loss is a mean over its own
     rows, so the share is not a weight: it says how many rows estimate each.
@@ -275,10 +274,9 @@ class Distiller(nn.Module):
                 D_G = prediction_gradient(student, u, z_G, delta, y_G, guidance_G,
                                           config.prediction, F=F)
             metrics["prediction"] = mean_square(D_G).mean()
-            # Why F * sg(D): its gradient is (dF/dtheta)^T D [9], that of 1/2 ||F - sg(F - D)||^2
-            # [8], and D can be decayed first. Its value, of either sign, means nothing: watch
-            # ||D_G||^2.
-            loss = loss + (F * decay(D_G, config.decay)).mean()  # [8, 9], decayed
+            # Why F * sg(D): its gradient is (dF/dtheta)^T D, that of 1/2 ||F - sg(F - D)||^2 [8],
+            # and D can be decayed first. The value, of either sign, means nothing: watch ||D_G||^2.
+            loss = loss + (F * decay(D_G, config.decay)).mean()  # [8]; its gradient is [9], decayed
         if len(z_N):  # Correct, at delta = 1: the paper found no gain at other delta
             u = guided(self.teacher, guidance_N, config.correction_interval)
             F = student.F(z_N, torch.ones_like(r), y_N, guidance_N)
@@ -291,9 +289,9 @@ class Distiller(nn.Module):
             D_N = correction_gradient(v_N, u, x_r, r, y_N)
             if len(z_G):
                 # Why lambda: it gives D_N the size of D_G before its decay, so the correction fades
-                # as the prediction succeeds. (At k = 1 the decayed D_G even grows meanwhile, like
-                # 1 / ||D_G||, until eps stops it. So the ratio of the two falls faster still.) The
-                # price: where D_N is small, mostly the critic's error, lambda makes it larger.
+                # as the prediction succeeds. (At k = 1 the decayed D_G even grows, as 1 / ||D_G||,
+                # until eps stops it: beside it the correction fades faster still.) The price: a
+                # small D_N is mostly the critic's error, and lambda makes it larger.
                 norms = torch.stack([mean_square(D).sqrt().mean() for D in (D_G, D_N)])
                 norm_G, norm_N = mean_over_processes(norms)
                 lambda_ = config.alpha * norm_G / (norm_N + EPS)
@@ -324,7 +322,7 @@ class Distiller(nn.Module):
     def draw(self, step):
         """The batch of a training step, from the prior alone: {name: one row a sample}."""
         config = self.config
-        g = generator(config.seed, STUDENT, step)  # the same numbers whenever it is asked for
+        g = generator(config.seed, STUDENT, step)  # the same numbers for the same step
         correct = config.corrections  # rows that correct
         predict = config.batch_size - correct
         batch = {**self.draw_prior(predict, "_G", g), **self.draw_prior(correct, "_N", g)}
@@ -650,7 +648,7 @@ class Config:
     # the run
     dataset: str = option("toy2d", "data", choices=["toy2d", "mnist", "cifar10", "imagenet"])
     recipe: str = option("", "algorithm: the paper's or ours", choices=["", "paper", "fast"])
-    quick: bool = option(False, "a size for two cores and minutes; not for imagenet")
+    quick: bool = option(False, "a size that two cores train in minutes; no imagenet")
     stage: str = option("all", "what to do", choices=["all", "teacher", "sample"])
     out: str = option("", "folder of the run; default: the next free one under runs/")
     seed: int = option(0, "of all that is random; with --stage sample of the noises", 0)
@@ -821,8 +819,8 @@ def make_distiller(start, config, teacher=None, student=None):
 
 
 class TrainState:
-    """What training has reached: networks, average of the weights, optimizer, step, log, and how
-    many steps in a row were skipped."""
+    """What training has reached: networks, average of the weights, optimizer, step, log, and the
+    number of consecutive steps that were skipped."""
 
     WARMUP = 100  # steps in which the learning rate rises
     CLIP = 1.0  # largest norm of the gradient of a network
