@@ -80,9 +80,9 @@ class FlowMap:
     """The student: a velocity network read as F, the average velocity from t = 1 to t = 1 - delta.
     It has no weights of its own, so it is not an nn.Module.
 
-    Why its first weights are the teacher's: over an interval of length 0 the average velocity is
-    the velocity at t = 1, F(z, 0) = u(z, 1). So (without guidance) they are exactly right at
-    delta = 0, and training extends this to larger delta.
+    Why it starts with the teacher's weights: an average over no time is the velocity itself, F(z,
+    0) = u(z, 1). So without guidance these weights are exactly right at delta = 0, and training
+    extends this to larger delta.
     """
 
     def __init__(self, network):
@@ -103,27 +103,27 @@ METHODS = {"euler": 1, "heun": 2, "rk4": 4}  # evaluations of u in a step
 
 @torch.no_grad()
 def solve_ode(u, z, steps, method="heun", y=None, return_path=False, t=1.0, length=1.0):
-    """Integrate dx/d(delta) = u(x, 1 - delta) in `steps` equal steps, from states z at times t to
-    times t - length: numbers or (B,), by default from noise to the sample phi(z, 1). Returns the
-    last state (B, C, H, W), or with return_path all of them, (steps + 1, B, C, H, W). Raises
-    ValueError for no steps or another method."""
+    """Solve dx/d(delta) = u(x, 1 - delta) from x = z, in `steps` equal steps of a method above. By
+    default from noise, t = 1, to the sample phi(z, 1); in general from t to t - length, numbers or
+    (B,). Returns the last state (B, C, H, W), or with return_path all of them, (steps + 1, B, C, H,
+    W). Raises ValueError for no steps or another method."""
     if steps < 1 or method not in METHODS:
         raise ValueError(f"solve_ode: {steps} steps of {method}; give 1 or more of {[*METHODS]}")
     t = torch.as_tensor(t, device=z.device).view(-1)
     dt = torch.as_tensor(length, device=z.device).view(-1) / steps
-    dx = expand(dt)
+    step = expand(dt)
     path = [z]
     for _ in range(steps):
         x = path[-1]
-        slope = k1 = u(x, t, y)
+        slope = k1 = u(x, t, y)  # euler
         if method == "heun":
-            slope = (k1 + u(x + dx * k1, t - dt, y)) / 2
+            slope = (k1 + u(x + step * k1, t - dt, y)) / 2
         elif method == "rk4":
-            k2 = u(x + dx / 2 * k1, t - dt / 2, y)
-            k3 = u(x + dx / 2 * k2, t - dt / 2, y)
-            k4 = u(x + dx * k3, t - dt, y)
+            k2 = u(x + step / 2 * k1, t - dt / 2, y)
+            k3 = u(x + step / 2 * k2, t - dt / 2, y)
+            k4 = u(x + step * k3, t - dt, y)
             slope = (k1 + 2 * k2 + 2 * k3 + k4) / 6
-        path.append(x + dx * slope)
+        path.append(x + step * slope)
         t = t - dt
     return torch.stack(path) if return_path else path[-1]
 
@@ -154,29 +154,28 @@ def mean_square(D):
     return D.flatten(1).square().mean(1)
 
 
-# Why no_grad, the paper's stop-gradient sg: [8] is regression, 1/2 ||F - sg(F - D_G)||^2. The
-# target is held constant and computed anew at every step. Gradients through it would cost a second
-# derivative of F and a derivative of u. And the loss could then fall in a wrong way, by moving f to
-# where u happens to be near v_G. (The jvp is forward-mode: it also works under no_grad.)
-@torch.no_grad()
+# Why no_grad, the paper's stop-gradient sg: [8] is regression, 1/2 ||F - sg(F - D_G)||^2, and its
+# target is computed anew at every step. Without sg the loss could also fall in a wrong way, by
+# moving f to where u happens to be near v_G. And it would need a second derivative of F and a
+# derivative of u.
+@torch.no_grad()  # the jvp below is forward-mode and works all the same
 def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp", spacing=0.005,
                         F=None):
     """Predict: D_G = v_G - u(f, 1 - delta) of [9], where v_G = df/ddelta = F + delta dF/ddelta.
 
-    [7] says that v_G = u(f, 1 - delta). If it holds for all z and delta, f = phi: f(z, 0) = z, and
-    an ODE has one solution from each start. Returns (B, C, H, W). F: F(z, delta), if the caller
-    has computed it.
+    [7] says that D_G = 0. If it holds for all z and delta, f = phi: f(z, 0) = z, and an ODE has one
+    solution from each start. Returns (B, C, H, W). F: F(z, delta), if the caller has computed it.
 
-    form: how dF/ddelta is computed (`solver` is below). Raises ValueError for another form.
+    form: how dF/ddelta is computed. Raises ValueError for another form. (A third one, without the
+    derivative, is Distiller.solver_gradient.)
       jvp         forward-mode derivative, exact for these weights
       difference  (F(z, delta + s) - F(z, delta - s)) / 2s with s = spacing, one-sided at the ends
 
     The price of evaluating u at f: while f is wrong, this is a wrong place, and errors compound.
-    Let e = f - phi. Then de/ddelta = D_G + u(f) - u(phi), so d||e||/ddelta <= ||D_G|| + L ||e||,
-    where L = <e, u(f) - u(phi)> / ||e||^2 is the rate at which u lets an error grow. By Gronwall
+    Between modes paths part, and a small early D_G can end as a large error; inside of a mode
+    errors mostly shrink. For the error e = f - phi has de/ddelta = D_G + u(f) - u(phi). With the
+    growth rate L = <e, u(f) - u(phi)> / ||e||^2, above 0 between modes, this gives (Gronwall)
         ||e|| at delta = 1 <= integral over delta of ||D_G|| exp(integral of L from delta to 1).
-    Between modes paths part: L > 0, and a small early D_G can end as a large error. Inside of a
-    mode mostly L < 0, and errors shrink.
     """
     if F is None:
         F = student.F(z, delta, y, guidance)
@@ -229,11 +228,11 @@ def decay(D, k):
     """D / (||D||^2 / d + eps)^k, per sample: the adaptive weight of MeanFlow (arXiv 2505.13447).
 
     What k does: with k = 0 (squared residual) a few noises with large residuals dominate. With 1/2
-    all samples pull about equally, with 1 large residuals are damped. Alone it hardly matters: the
-    paper's FID (DiT-B/2) is about 12 for each k. With the correction it is 43.5, 10.6, 5.6 for k =
-    0, 1/2, 1, because where residuals are large the two losses disagree: prediction pulls a sample
-    to the end of its own path, correction to a mode that is near. With k = 0 both pull hard there,
-    with k = 1 the correction decides.
+    all samples pull about equally, with 1 large residuals pull less. With prediction only it hardly
+    matters: the paper's FID (DiT-B/2) is about 12 for each k. With the correction the FID is 43.5
+    for k = 0, 10.6 for 1/2 and 5.6 for 1. For where residuals are large the two losses disagree:
+    prediction pulls a sample to the end of its own path, correction to a mode that is near. With
+    k = 0 both pull hard there, with k = 1 the correction decides.
     """
     return D / expand((mean_square(D) + EPS) ** k)
 
@@ -248,10 +247,10 @@ class Distiller(nn.Module):
     k = 1, alpha = 1, r_location 0.8 and correction_share 1/4. Each loss is a mean over its own
     rows, so the share is not a weight: it says how many rows estimate each.
 
-    Why the correction has its own guidance interval: guided, D_N is not zero for a perfect student
-    and moves it away; unguided, D_N pulls to less guidance. With [0, 0.7] it is unguided for r >
-    0.7, about half of the rows. One bias is traded for another, and only an experiment tells: the
-    paper's FID is 5.6, with [0, 1] 8.7.
+    Why the correction has its own guidance interval: a guided u makes D_N move even a perfect
+    student (see correction_gradient), an unguided u makes it pull to less guidance. [0, 0.7] trades
+    one bias for the other: it guides about half of the rows, those with r up to 0.7. The paper's
+    FID is then 5.6, with [0, 1] 8.7.
     """
 
     def __init__(self, network, critic, teacher, config):
@@ -259,12 +258,11 @@ class Distiller(nn.Module):
         self.network, self.critic, self.teacher = network, critic, teacher
         self.config = config
         self.student = FlowMap(network)  # the same weights, read as F
-        self.ema_student = None  # with ema_target: a FlowMap with averaged weights
+        self.ema_student = None  # TrainState sets it for ema_target: a FlowMap of averaged weights
 
     def forward(self, z_G, y_G, delta, z_N, y_N, r, n, guidance_G=None, guidance_N=None, h=None):
         """Rows _G (generating) predict, rows _N (noising) correct. Returns loss and metrics."""
-        config, student, metrics = self.config, self.student, {}
-        loss, lambda_ = 0.0, config.alpha  # lambda if no row predicts
+        config, student, loss, metrics = self.config, self.student, 0.0, {}
         if len(z_G):  # Predict
             u = guided(self.teacher, guidance_G, config.guidance_interval)
             F = student.F(z_G, delta, y_G, guidance_G)
@@ -276,7 +274,7 @@ class Distiller(nn.Module):
             metrics["prediction"] = mean_square(D_G).mean()
             # Why F * sg(D): its gradient is (dF/dtheta)^T D, that of 1/2 ||F - sg(F - D)||^2 [8],
             # and D can be decayed first. The value, of either sign, means nothing: watch ||D_G||^2.
-            loss = loss + (F * decay(D_G, config.decay)).mean()  # [8]; its gradient is [9], decayed
+            loss = (F * decay(D_G, config.decay)).mean()  # [8]; its gradient is [9], decayed
         if len(z_N):  # Correct, at delta = 1: the paper found no gain at other delta
             u = guided(self.teacher, guidance_N, config.correction_interval)
             F = student.F(z_N, torch.ones_like(r), y_N, guidance_N)
@@ -287,49 +285,57 @@ class Distiller(nn.Module):
             v_N = self.critic(x_r, r, y_N, guidance_N)
             critic_loss = (v_N - (x - n)).square().mean()
             D_N = correction_gradient(v_N, u, x_r, r, y_N)
+            lambda_ = config.alpha
             if len(z_G):
                 # Why lambda: it gives D_N the size of D_G before its decay, so the correction fades
                 # as the prediction succeeds. (At k = 1 the decayed D_G even grows, as 1 / ||D_G||,
                 # until eps stops it: beside it the correction fades faster still.) The price: a
                 # small D_N is mostly the critic's error, and lambda makes it larger.
-                norms = torch.stack([mean_square(D).sqrt().mean() for D in (D_G, D_N)])
-                norm_G, norm_N = mean_over_processes(norms)
+                norm_G = mean_over_processes(mean_square(D_G).sqrt().mean())
+                norm_N = mean_over_processes(mean_square(D_N).sqrt().mean())
                 lambda_ = config.alpha * norm_G / (norm_N + EPS)
             # D_N is not decayed: with a factor that depends on x_r it is not the gradient of a KL.
             loss = loss + lambda_ * (F * D_N).mean()  # its gradient is [10]
             loss = loss + critic_loss  # trains the critic alone, since x is detached
-            metrics |= {"correction": mean_square(D_N).mean(), "critic": critic_loss.detach(),
+            metrics |= {"correction": mean_square(D_N).mean(), "critic": critic_loss,
                         "lambda": torch.as_tensor(lambda_, device=r.device)}
         return loss, metrics
 
     @torch.no_grad()
     def solver_gradient(self, u, F, z, delta, h, y, guidance):
-        """The form `solver` of D_G, which is ours, without a derivative: weights with a good F can
-        still have a poor dF/ddelta. The student jumps to delta - h, from there the teacher's ODE is
-        solved up to delta, and F is compared with the average velocity from z to where that ends.
-        Rows with delta = h start at z: they learn the teacher's own path.
+        """The form `solver` of D_G, which is ours, without a derivative (weights with a good F can
+        have a poor dF/ddelta). The student jumps to delta - h, the teacher's ODE leads from there
+        to delta, where it ends at `end`, and the result is (f(z, delta) - end) / delta. Rows with
+        delta = h start at z: they learn the teacher's own path.
 
-        For a short h the end is f(delta - h) + h u, and the result is (f(delta) - f(delta - h) -
-        h u) / delta = h / delta (v_G - u): [9] times h / delta. With ema_target averaged weights
-        jump, for a less noisy target. Then it is (h (v_G - u) + f - f_ema) / delta, f and f_ema at
-        delta - h. Only the first part shrinks with h. So h must be long then, or f - f_ema, which
-        vanishes only as the learning rate falls, would dominate.
+        For a short h it is [9] times h / delta, since end = f(delta - h) + h u. With ema_target
+        averaged weights jump, for a less noisy target. This adds (f - f_ema) / delta, both at
+        delta - h, which does not shrink with h: so h must be long, or this part would dominate.
         """
         start = (self.ema_student or self.student).f(z, delta - h, y, guidance)
         end = solve_ode(u, start, self.config.solver_steps, "rk4", y, t=1 - delta + h, length=h)
-        return F - (end - z) / expand(delta)
+        return F - (end - z) / expand(delta)  # (f - end) / delta
 
     def draw(self, step):
-        """The batch of a training step, from the prior alone: {name: one row a sample}."""
-        config = self.config
+        """The batch of a training step, from the prior alone: {name: one row a sample}. With
+        guidance each row has a strength: it is an input of the student, so that one student serves
+        all strengths."""
+        config, classes, shape = self.config, self.network.num_classes, self.network.shape
         g = generator(config.seed, STUDENT, step)  # the same numbers for the same step
         correct = config.corrections  # rows that correct
         predict = config.batch_size - correct
-        batch = {**self.draw_prior(predict, "_G", g), **self.draw_prior(correct, "_N", g)}
-        # Stratified: each row draws U in a part of (0, 1] of its own. With a delta_scale above 1
-        # many rows have delta = 1. This is for form solver: its residual at delta = 1 moves the
-        # sample f(z, 1). That of jvp or difference is the error of the last velocity, which does
-        # not tell where the sample should be.
+        batch = {}
+        for rows, count in ("G", predict), ("N", correct):
+            y = torch.randint(max(1, classes), (count,), generator=g)  # no classes: all are null, 0
+            is_null = torch.rand(count, generator=g) < config.label_dropout
+            batch[f"z_{rows}"] = torch.randn(count, *shape, generator=g)
+            batch[f"y_{rows}"] = torch.where(is_null, classes, y)
+            if config.is_guided:
+                strength = torch.rand(count, generator=g)
+                batch[f"guidance_{rows}"] = 1 + (config.guidance_max - 1) * strength
+        # Stratified: each row draws U in a part of (0, 1] of its own. A delta_scale above 1 is for
+        # form solver: many rows then have delta = 1, where its residual moves the one-step sample
+        # f(z, 1) itself. (That of jvp or difference is the error of the last velocity only.)
         U = 1 - (torch.arange(predict) + torch.rand(predict, generator=g)) / predict
         batch["delta"] = (config.delta_scale * U).clamp(1e-3, 1)  # solver divides by delta
         if config.prediction == "solver":
@@ -340,20 +346,7 @@ class Distiller(nn.Module):
         # modes that the student lacks. With much noise D_N moves whole modes and changes each one's
         # share of the samples.
         batch["r"] = torch.sigmoid(config.r_location + torch.randn(correct, generator=g))
-        batch["n"] = torch.randn(correct, *self.network.shape, generator=g)
-        return batch
-
-    def draw_prior(self, count, suffix, g):
-        """Noises, labels of which some are null, and with guidance a strength each: it is an input
-        of the student, so that one student serves all strengths."""
-        classes = self.network.num_classes
-        y = torch.randint(max(1, classes), (count,), generator=g)  # no classes: all are null, 0
-        is_null = torch.rand(count, generator=g) < self.config.label_dropout
-        batch = {"z" + suffix: torch.randn(count, *self.network.shape, generator=g),
-                 "y" + suffix: torch.where(is_null, classes, y)}
-        if self.config.is_guided:
-            strength = torch.rand(count, generator=g)
-            batch["guidance" + suffix] = 1 + (self.config.guidance_max - 1) * strength
+        batch["n"] = torch.randn(correct, *shape, generator=g)
         return batch
 
 
@@ -371,7 +364,7 @@ class GaussianMixture(nn.Module):
         self.register_buffer("means", means)
         self.register_buffer("labels", labels)
         self.blur, self.num_classes = blur, num_classes
-        self.is_known = len(means) <= 2000  # velocity and support need memory for B x K numbers
+        self.has_density = len(means) <= 2000  # else B x K numbers would need too much memory
         self.shape = (means.shape[1], 1, 1)
         self.center, self.scale = center, scale
 
@@ -403,10 +396,11 @@ class GaussianMixture(nn.Module):
         """For points (N, d, 1, 1): the share outside, farther than 3.5 blurs from every component;
         and the smallest ratio of points inside to points expected, over all labels."""
         distance, nearest = torch.cdist(x.flatten(1), self.means).min(1)
-        outside = distance > 3.5 * self.blur
-        due = self.labels.bincount() * len(x) / len(self.labels)
-        rarest = (self.labels[nearest[~outside]].bincount(minlength=len(due)) / due).min()
-        return {"outside": outside.float().mean().item(), "rarest label": rarest.item()}
+        is_inside = distance <= 3.5 * self.blur
+        expected = self.labels.bincount() * len(x) / len(self.labels)  # of each label
+        found = self.labels[nearest[is_inside]].bincount(minlength=len(expected))
+        outside = 1 - is_inside.float().mean()
+        return {"outside": outside.item(), "rarest label": (found / expected).min().item()}
 
 
 class FlowMatching(nn.Module):
@@ -418,7 +412,7 @@ class FlowMatching(nn.Module):
 
     def forward(self, x, n, t, y):
         loss = (self.network(interpolate(x, n, t), t, y) - (x - n)).square().mean()
-        return loss, {"flow_matching": loss.detach()}
+        return loss, {"flow_matching": loss}
 
     def draw(self, step):
         config = self.config
@@ -580,17 +574,20 @@ TOYS = ("checkerboard", "gaussians", "moons", "spirals", "rings")
 
 def make_toy(name):
     """One of TOYS as a GaussianMixture with a spread near 1. Raises KeyError for another name."""
+    # A point (x, y) is the complex number x + iy. A toy is its means, a row for each label, and its
+    # blur.
 
     def circle(N):
         return torch.polar(torch.ones(N), math.tau * torch.arange(N) / N)
 
     cells = [x + 1j * y for x in range(-2, 2) for y in range(-2, 2) if (x - y) % 2 == 0]
-    grid = [x / 6 + 1j * y / 6 for x in range(6) for y in range(6)]
-    moon = 1.4 * circle(192)[:96] - (0.7 + 0.35j)
-    part = ((torch.arange(96) + 0.5) / 96).sqrt()
-    arm = torch.polar(2 * part, 6 * part)
-    means, blur = {  # complex numbers x + iy, with one row of means for each label
-        "checkerboard": (torch.tensor(cells)[:, None] + (torch.tensor(grid) + (1 + 1j) / 12), 0.08),
+    grid = [x / 6 + 1j * y / 6 for x in range(6) for y in range(6)]  # fills a cell
+    board = torch.tensor(cells)[:, None] + (torch.tensor(grid) + (1 + 1j) / 12)
+    moon = 1.4 * circle(192)[:96] - (0.7 + 0.35j)  # half a circle; -moon is the other moon
+    part = ((torch.arange(96) + 0.5) / 96).sqrt()  # of an arm's length
+    arm = torch.polar(2 * part, 6 * part)  # radius, angle
+    means, blur = {
+        "checkerboard": (board, 0.08),
         "gaussians": (1.4 * circle(8)[:, None], 0.15),
         "moons": (torch.stack([moon, -moon]), 0.08),
         "spirals": (torch.stack([arm, -arm]), 0.06),
@@ -603,7 +600,7 @@ class ImageData:
     """Labelled images (N, C, H, W): uint8 pictures, drawn in [-1, 1], or latents as they are."""
 
     center, scale = 0.0, 1.0
-    is_known = False  # their density is not, so no exact velocity and no support
+    has_density = False  # unknown for images: no exact velocity, no support
 
     def __init__(self, images, labels, num_classes):
         self.images = images
@@ -614,7 +611,7 @@ class ImageData:
     def draw(self, N, g):
         i = torch.randint(len(self.labels), (N,), generator=g)
         x = torch.from_numpy(self.images[i.numpy()].astype(np.float32))
-        bad = i[~(x.flatten(1).std(1) > 0)]
+        bad = i[~(x.flatten(1).std(1) > 0)]  # also where the deviation is NaN
         if len(bad):
             raise UserError(f"row {bad[0]} of the data is constant or not finite: remove it")
         if self.images.dtype == np.uint8:
@@ -627,7 +624,8 @@ class ImageData:
 
 
 class UserError(Exception):
-    """Something the user can correct: (message, exit status 1 or 2). main prints the message."""
+    """Something the user can correct: (message,) for what fails while running, exit status 1, or
+    (message, 2) for a wrong command. main prints the message."""
 
 
 def option(default, help, low=-math.inf, high=math.inf, choices=None):
@@ -709,30 +707,34 @@ class Config:
             if choices and value not in choices:
                 raise UserError(f"{flag(f.name)} {value}: give one of {choices}", 2)
             if f.type is not str:
-                numbers = list(value) if f.type is tuple else [value]
                 low, high = f.metadata["low"], f.metadata["high"]
-                is_in_range = all(low <= v <= high and math.isfinite(v) for v in numbers)
-                if not is_in_range or numbers != sorted(numbers):  # intervals: the lower end first
-                    raise UserError(f"{flag(f.name)} {value}: give numbers from {low} to {high}", 2)
+                first, last = value if f.type is tuple else (value, value)
+                if not (low <= first <= last <= high and math.isfinite(last - first)):
+                    raise UserError(f"{flag(f.name)} {value}: give numbers from {low} to {high}, "
+                                    "of an interval the lower end first", 2)
         self.corrections = round(self.batch_size * self.correction_share)  # rows that correct
         self.is_guided = self.guidance_max > 1  # then the strength is an input of the student
+        if 0 < self.correction_share < 1 and self.corrections in (0, self.batch_size):
+            raise UserError("--batch-size: too small for this --correction-share", 2)
+        if self.is_guided and not (self.label_dropout or self.teacher):
+            raise UserError("--label-dropout: guidance needs a null label, give more than 0", 2)
+        if self.stage == "teacher" and (self.teacher or self.student):
+            raise UserError("--stage teacher trains one: remove --teacher and --student", 2)
         if self.hidden_size % (4 * self.num_heads):
             raise UserError("--hidden-size: give a multiple of 4 x --num-heads", 2)
-        if self.prediction == "difference" and self.precision == "bfloat16":
-            raise UserError("--prediction difference: bfloat16 rounds it away, give jvp", 2)
+        if self.precision == "bfloat16" and (self.prediction == "difference" or self.exact_teacher):
+            raise UserError("--prediction difference, --exact-teacher: give --precision float32", 2)
         if self.guidance > self.guidance_max:
             raise UserError(f"--guidance: the student is trained for 1 to {self.guidance_max}", 2)
 
 
 # The defaults of Config, then PRESETS (what a data set needs), RECIPES (which algorithm), QUICK
 # (how large), then flags: a later one wins. So --dataset mnist has alpha 1, with --quick 0.3.
-#
-# label_dropout of toys: they are measured without labels (see conditions). If only one label in ten
-# were dropped, the model without labels would get a tenth of the training.
 PICTURES = {"patch_size": 2, "hidden_size": 384, "depth": 12, "num_heads": 6, "ema_decay": 0.999,
             "guidance_max": 4.0, "guidance": 2.0, "correction_interval": (0.0, 0.7),
             "precision": "bfloat16", "eval_samples": 5000}
 PRESETS = {
+    # Toys are measured without labels (see conditions), so most of their training has none.
     "toy2d": {"label_dropout": 0.9, "t_location": -0.8, "teacher_steps": 1000, "steps": 1400,
               "teacher_learning_rate": 8e-3, "learning_rate": 0.01, "critic_learning_rate": 0.016},
     "mnist": PICTURES,
@@ -742,9 +744,9 @@ PRESETS = {
                  "teacher_learning_rate": 1e-4, "guidance_max": 3.0, "guidance": 1.4,
                  "ema_decay": 0.9999, "eval_samples": 2000},
 }
-# paper: the paper's values where we know them. Others of the paper's are defaults: correction_share
-# and r_location, and the correction_interval of pictures. fast: ours, measured on small models.
-RECIPES = {"paper": {"prediction": "jvp", "decay": 1.0, "alpha": 1.0},
+# paper: the defaults of Config are the paper's values where we know them. fast: ours, measured on
+# small models.
+RECIPES = {"paper": {},
            "fast": {"prediction": "solver", "decay": 0.5, "alpha": 0.3, "delta_scale": 2.0,
                     "ema_target": True, "correction_share": 0.125}}
 # Minutes on two cores. With these learning rates and alpha 1, training on digits becomes unstable
@@ -772,8 +774,9 @@ def make_config(dataset="toy2d", recipe="", quick=False, **given):
 LAUNCH = os.environ if distributed.is_torchelastic_launched() else {}
 RANK = int(LAUNCH.get("RANK", 0))  # process 0 of WORLD writes the files
 WORLD = int(LAUNCH.get("WORLD_SIZE", 1))
-LOG_INTERVAL = 50  # steps between lines of the log; every fifth line has the endpoint error
+LOG_INTERVAL = 50  # steps between lines of the log
 CHECKPOINT_INTERVAL = 500
+SHOWN = ("flow_matching", "prediction", "correction", "endpoint_error")  # beside the progress bar
 
 
 TEACHER, STUDENT, WEIGHTS, EVALUATION, SAMPLING = range(5)  # streams of random numbers
@@ -781,9 +784,8 @@ TEACHER, STUDENT, WEIGHTS, EVALUATION, SAMPLING = range(5)  # streams of random 
 
 def generator(*key):
     """A random generator that depends only on the integers in `key`: seed, stream, step. So an
-    interrupted run continues with the same numbers. And all processes draw the same batch, then
-    each takes its own rows. So the number of processes does not change the result, up to rounding.
-    (The number of micro-batches does: each has a lambda of its own.)"""
+    interrupted run continues with the same numbers. And all processes draw the same batch, of which
+    each takes its own rows, so that their number changes results by rounding only."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
@@ -798,7 +800,8 @@ def mean_over_processes(v):
 def count_micro_batches(config, *sizes):
     """Micro-batches of a process. sizes: rows to be split. Raises UserError if they would be of
     unequal length: then the mean of their losses would not be the loss of the batch."""
-    count = math.ceil(config.batch_size / WORLD / (config.micro_batch_size or config.batch_size))
+    share = config.batch_size / WORLD
+    count = math.ceil(share / (config.micro_batch_size or share))
     if any(size % (WORLD * count) for size in sizes):
         raise UserError(f"{' + '.join(map(str, sizes))} samples do not split evenly into {WORLD} "
                         f"processes x {count}: change --batch-size or --micro-batch-size", 2)
@@ -810,12 +813,12 @@ def device_of(network):
     return next(network.parameters()).device
 
 
-def make_distiller(start, config, teacher=None, student=None):
-    """A Distiller whose student and critic start as copies of the network `start`, which is also
-    its teacher. teacher: another one; student: the network of another student to start from."""
-    student = DiT.from_teacher(student or start, config.is_guided)
-    critic = DiT.from_teacher(start, config.is_guided) if config.corrections else None
-    return Distiller(student, critic, teacher or start, config).to(device_of(start))
+def make_distiller(teacher, config, exact=None, start=None):
+    """A Distiller whose student and critic start as copies of the network `teacher`. exact: a
+    velocity to learn instead of the teacher's. start: a network to start the student from."""
+    network = DiT.from_teacher(start or teacher, config.is_guided)
+    critic = DiT.from_teacher(teacher, config.is_guided) if config.corrections else None
+    return Distiller(network, critic, exact or teacher, config).to(device_of(teacher))
 
 
 class TrainState:
@@ -831,9 +834,9 @@ class TrainState:
         trained = {"model": module.network}
         if getattr(module, "critic", None):
             trained["critic"] = module.critic
-        # run_stages hands in a config whose learning_rate and steps are those of its stage.
-        self.peaks = [config.learning_rate, config.critic_learning_rate]
-        groups = [{"params": list(network.parameters())} for network in trained.values()]
+        self.peaks = [config.learning_rate, config.critic_learning_rate]  # of these, in order
+        # requires_grad_: a copy of another state's average is frozen.
+        groups = [{"params": list(v.requires_grad_().parameters())} for v in trained.values()]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.parts = {**trained, "ema": self.ema, "optimizer": self.optimizer}  # of a checkpoint
         if config.ema_target:
@@ -856,14 +859,14 @@ class TrainState:
                 group["lr"] = peak * rise * (1 - self.step / self.config.steps)
             self.optimizer.step()
             # A short average at first: early weights are far from where they will be.
-            keep = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+            kept = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
             with torch.no_grad():
-                torch._foreach_lerp_(list(self.ema.parameters()), groups[0]["params"], 1 - keep)
+                torch._foreach_lerp_(list(self.ema.parameters()), groups[0]["params"], 1 - kept)
         self.optimizer.zero_grad()
         self.step += 1
         self.skipped = 0 if is_finite else self.skipped + 1
 
-    def keep(self, path):
+    def write(self, path):
         """Process 0 writes a checkpoint, and the log beside it. Not in it: states of random
         generators, since draw(step) depends on seed and step only; data; the teacher, a file of its
         own. After SIGKILL up to CHECKPOINT_INTERVAL steps are computed again."""
@@ -880,7 +883,7 @@ def train(module, config, state=None):
     """Train module.network, and module.critic if there is one, up to config.steps.
 
     module.draw(step) -> {name: tensor with one row a sample}; module(**batch) -> scalar loss, dict
-    of scalar metrics. A generator: yields (step, metrics, state) after every step, counted from 1;
+    of scalar tensors. A generator: yields (step, metrics, state) after every step, from 1 on;
     state.ema is the averaged network. Losses, gradients and metrics are means over processes and
     micro-batches. A step that is not finite is skipped; ten consecutive ones raise UserError.
     """
@@ -894,16 +897,15 @@ def train(module, config, state=None):
         batch, sums = module.draw(state.step), []
         count = count_micro_batches(config, *{len(v) for v in batch.values()})
         for i in range(count):
-            # delta is ordered, so take strides: of two processes with three micro-batches, RANK 1
-            # has in the last of them (i = 2) the rows 5, 11, 17, ...
+            # delta is ordered, so a part takes every n-th row, not n consecutive ones.
             rows = slice(RANK * count + i, None, WORLD * count)
             part = {name: v[rows].to(device) for name, v in batch.items()}
-            waits = WORLD > 1 and i < count - 1  # gradients are exchanged once, with the last part
-            with parallel.no_sync() if waits else contextlib.nullcontext():
-                with torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16"):
-                    loss, metrics = parallel(**part)
-                (loss / count).backward()  # DDP then takes the mean over processes
-            sums.append(torch.stack([loss.detach(), *metrics.values()]))
+            if WORLD > 1:  # exchange gradients once, with the last part (no_sync sets the same)
+                parallel.require_backward_grad_sync = i == count - 1
+            with torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16"):
+                loss, metrics = parallel(**part)
+            (loss / count).backward()  # DDP then takes the mean over processes
+            sums.append(torch.stack([loss, *metrics.values()]).detach())
         loss, *means = mean_over_processes(torch.stack(sums).mean(0))
         state.update(loss)
         if state.skipped == 10:
@@ -924,8 +926,8 @@ SET_STEPS = 8
 def in_batches(f, z, y, dim=0):
     """f(z, y), computed for a part of the rows at a time: memory stays small. y: (B,) or (1,)."""
     rows = max(1, min(4000, 2**17 // z[0].numel()))
-    labels = itertools.cycle(y.split(rows))  # one label serves all parts
-    return torch.cat([f(*part) for part in zip(z.split(rows), labels)], dim)
+    parts = zip(z.split(rows), y.expand(len(z)).split(rows))
+    return torch.cat([f(*part) for part in parts], dim)
 
 
 def draw_noise(network, N, g=None):
@@ -979,22 +981,24 @@ def sliced_w2(a, b, count=128):
 
 def conditions(network, config, N):
     """What N samples are conditioned on when measured: labels in turn (N,), or the null label (1,)
-    if most of the training had it; guidance strength (1,), or None without guidance."""
+    if most of the training had it; the strength of guidance (1,). Without guidance None, with it
+    always labels."""
     y = torch.arange(N, device=device_of(network)) % max(1, network.num_classes)
-    if config.label_dropout > 0.5:
+    if config.label_dropout > 0.5 and not config.is_guided:
         y = torch.full_like(y[:1], network.num_classes)
     strength = torch.full((1,), config.guidance, device=y.device)
     return y, strength if config.is_guided else None
 
 
 def endpoint_score(teacher, network, config):
-    """A function of a student's network: its endpoint error on fixed noises."""
+    """Returns score(network), the endpoint error of a student with this network. Its noises and the
+    ends of the teacher's paths are computed here, once."""
     N = max(64, 2000 // math.prod(network.shape))
     y, strength = conditions(network, config, N)
     u = guided(teacher, strength, config.guidance_interval)
     z = draw_noise(network, N, generator(config.seed, EVALUATION, 0))
     phi = in_batches(lambda z, y: solve_ode(u, z, PATH_STEPS, "rk4", y), z, y)
-    return lambda average: relative_error(jump(FlowMap(average), z, y, strength), phi)
+    return lambda network: relative_error(jump(FlowMap(network), z, y, strength), phi)
 
 
 def evaluate(student, teacher, data, config, out, log):
@@ -1005,7 +1009,7 @@ def evaluate(student, teacher, data, config, out, log):
     N, network = config.eval_samples, student.network
     y, strength = conditions(network, config, N)
     u = guided(teacher, strength, config.guidance_interval)
-    z, other = draw_noise(network, 2 * N, generator(config.seed, EVALUATION, 1)).chunk(2)
+    z, other_z = draw_noise(network, 2 * N, generator(config.seed, EVALUATION, 1)).chunk(2)
     few = slice(max(128, 2000 // math.prod(network.shape)))
     path = in_batches(lambda z, y: solve_ode(u, z, PATH_STEPS, "rk4", y, True), z[few], y[few], 1)
     jumps = in_batches(lambda z, y: student_path(student, z, PATH_STEPS, y, strength),
@@ -1013,22 +1017,22 @@ def evaluate(student, teacher, data, config, out, log):
     errors = [relative_error(a, b, path[-1]) for a, b in zip(jumps, path)]
     sets = {"teacher": in_batches(lambda z, y: solve_ode(u, z, SET_STEPS, "rk4", y), z, y),
             "student": in_batches(lambda z, y: jump(student, z, y, strength), z, y)}
-    others = in_batches(lambda z, y: solve_ode(u, z, SET_STEPS, "rk4", y), other, y)
-    floor = sliced_w2(sets["teacher"], others)
-    distance = sliced_w2(sets["student"], others)
+    held_out = in_batches(lambda z, y: solve_ode(u, z, SET_STEPS, "rk4", y), other_z, y)
+    floor = sliced_w2(sets["teacher"], held_out)
+    ratio = sliced_w2(sets["student"], held_out) / floor
     nfe = SET_STEPS * METHODS["rk4"] * (1 + config.is_guided)
-    print(f"endpoint error {errors[-1]:.4f} of the spread (0 is exact); SW2 {distance / floor:.3f} "
+    print(f"endpoint error {errors[-1]:.4f} of the spread (0 is exact); SW2 {ratio:.3f} "
           f"times its floor (1 is the goal); 1 evaluation instead of {nfe}")
-    metrics = {"endpoint_error": errors[-1], "sw2_ratio": distance / floor, "sw2_floor": floor,
+    metrics = {"endpoint_error": errors[-1], "sw2_ratio": ratio, "sw2_floor": floor,
                "teacher_nfe": nfe, "error_along_path": errors, "log": log,
                "config": dataclasses.asdict(config), "torch": str(torch.__version__)}
     if data is not None:
         x, held_out = data.draw(2 * N, generator(config.seed, EVALUATION, 2))[0].to(z).chunk(2)
         sets = {"data": x, **sets}
-        unit = sliced_w2(x, held_out)
+        floor = sliced_w2(x, held_out)
         for name, x in sets.items():
-            covered = data.coverage(x.cpu()) if data.is_known else {}
-            metrics[name] = {"SW2 to data": sliced_w2(x, held_out) / unit, **covered}
+            covered = data.coverage(x.cpu()) if data.has_density else {}
+            metrics[name] = {"SW2 to data": sliced_w2(x, held_out) / floor, **covered}
             print(f"{name:>8}:", ", ".join(f"{k} {v:.3f}" for k, v in metrics[name].items()))
     save(out / "metrics.json", lambda file: file.write(json.dumps(metrics, indent=1).encode()))
     save_pictures(network, metrics, sets, path, jumps, out)
@@ -1048,8 +1052,8 @@ def plane(x):
 
 def to_view(x, network):
     """Samples as one looks at them, on the CPU: points in the data's coordinates, 3 channels."""
-    if x.shape[1] > 3:
-        x = x[:, :3] / 2
+    if x.shape[-1] > 1 and x.shape[1] not in (1, 3):  # latents
+        x = x[:, [0, 1, 2 % x.shape[1]]] / 2
     scale, center = (torch.tensor(network.settings[name], dtype=torch.float64)[..., None, None]
                      for name in ("scale", "center"))
     return x.cpu() * scale + center
@@ -1058,10 +1062,12 @@ def to_view(x, network):
 def panels(N, view, width, rows=1):
     """N square panels with one view, which holds nearly all of the points view (..., 2, 1, 1)."""
     figure = Figure((width * N / rows, width * rows + 0.4), layout="constrained")
-    low, high = np.quantile(view.reshape(-1, 2).cpu().numpy(), [0.001, 0.999], axis=0)
-    half = 0.575 * (high - low)
-    half = np.where(half.max() < 5 * half, half.max(), half)  # one scale, if they are comparable
-    xlim, ylim = np.stack([(low + high) / 2 - half, (low + high) / 2 + half], 1)
+    points = view.flatten(-3)[..., :2].reshape(-1, 2).cpu().numpy()
+    low, high = np.quantile(points, [0.001, 0.999], axis=0)
+    middle, half = (low + high) / 2, 0.575 * (high - low)
+    if half.max() < 5 * half.min():  # x and y are comparable: one scale for both
+        half[:] = half.max()
+    xlim, ylim = np.stack([middle - half, middle + half], 1)
     style = {"xticks": [], "yticks": [], "xlim": xlim, "ylim": ylim, "box_aspect": 1}
     return figure, figure.subplots(rows, N // rows, squeeze=False, subplot_kw=style).flatten()
 
@@ -1069,11 +1075,12 @@ def panels(N, view, width, rows=1):
 def draw_set(axis, x, name, columns=6):
     """Points as dots; pictures (N, C, H, W) in [-1, 1] in a square of `columns`, or less."""
     if x.shape[-1] == 1:
-        axis.scatter(*plane(x), s=3, linewidths=0, alpha=0.6, color=COLORS[name])
+        axis.scatter(*plane(x), s=3, linewidths=0, alpha=0.6, color=COLORS.get(name))
         return
     picture = utils.make_grid(x[: columns**2].cpu(), columns, padding=1, pad_value=1).clamp(-1, 1)
     axis.imshow(picture.permute(1, 2, 0).numpy() / 2 + 0.5, interpolation="nearest")
-    axis.set(xlim=(0, picture.shape[2]), ylim=(picture.shape[1], 0))
+    height, width = picture.shape[1:]
+    axis.set(xlim=(0, width), ylim=(height, 0), box_aspect=height / width)
 
 
 def plot_samples(samples, titles=None):
@@ -1126,13 +1133,15 @@ def plot_error(curves, title="Distance from student to teacher along the path"):
 
 def plot_losses(log):
     """The teacher's loss, the student's residuals and endpoint error, from the lines of a log."""
-    curves = {"flow_matching": "teacher", "prediction": "student", "correction": "critic",
-              "endpoint_error": "student"}
+    curves = {"flow_matching": ("teacher", "flow matching loss", "linear"),
+              "prediction": ("student", "||D_G||² / d", "log"),
+              "correction": ("critic", "||D_N||² / d", "log"),
+              "endpoint_error": ("student", "endpoint error", "log")}
     figure = Figure((16, 3.6), layout="constrained")
-    for axis, (name, color) in zip(figure.subplots(1, 4), curves.items()):
+    for axis, (name, (who, what, scale)) in zip(figure.subplots(1, 4), curves.items()):
         points = [(line["step"], line[name]) for line in log if name in line]
-        axis.plot(*np.array(points).reshape(-1, 2).T, color=COLORS[color])
-        axis.set(title=f"{color}: {name.replace('_', ' ')}", xlabel="step", yscale="log")
+        axis.plot(*np.array(points).reshape(-1, 2).T, color=COLORS[who])
+        axis.set(title=f"{who}: {what}", xlabel="step", yscale=scale)
     return figure
 
 
@@ -1195,11 +1204,12 @@ def save(path, write):
 def load_points(path):
     """The rows of an N x 2 array as narrow Gaussians without labels. They may lie anywhere and have
     any scale: each coordinate is standardised, and samples are mapped back. Raises UserError."""
-    with explained(f"--toy {path}: give one of {TOYS} or FILE.npy, N x 2 numbers that vary"):
+    with explained(f"--toy {path}: give one of {TOYS} or FILE.npy, N x 2 finite numbers that vary"):
         points = np.load(path, allow_pickle=False).astype(np.float64)
         scale = points.std(0)
-        if points.shape[1:] != (2,) or not ((scale > 0) & np.isfinite(scale)).all():
-            raise ValueError(f"shape {points.shape}, standard deviation {scale}")
+        vary = np.isfinite(scale) & (np.ptp(points, 0) > 0)  # a deviation may be 0 but for rounding
+        if points.shape[1:] != (2,) or not vary.all():
+            raise ValueError(f"shape {points.shape}, {vary.sum()} columns are finite and vary")
     means = torch.as_tensor((points - points.mean(0)) / scale, dtype=torch.float32)
     labels = torch.zeros(len(means), dtype=torch.int64)
     return GaussianMixture(means, 0.05, labels, 0, points.mean(0).tolist(), scale.tolist())
@@ -1209,7 +1219,7 @@ def load_latents(path):
     """Latents FILE.npy (N, C, S, S), which stay on the disk, and labels FILE_labels.npy (N,)."""
     x = np.load(path, mmap_mode="r", allow_pickle=False)
     y = np.load(path.removesuffix(".npy") + "_labels.npy", allow_pickle=False)
-    is_square = x.shape == (*y.shape, x.shape[1], x.shape[-1], x.shape[-1])
+    is_square = x.ndim == 4 and y.shape == x.shape[:1] and x.shape[2] == x.shape[3] > 1
     if not is_square or x.dtype.kind != "f" or y.dtype.kind not in "iu":
         raise ValueError(f"{x.dtype} of shape {x.shape}, labels {y.dtype} of shape {y.shape}")
     spread = x[:: math.ceil(len(x) / 256)].astype(np.float32).std()
@@ -1287,22 +1297,22 @@ def unwrap(file):
 
 
 def find_format(tensors, settings, told=""):
-    """"SiT" or "REPA": as told, or by the settings of the training, or by the tensors. Raises
-    ValueError if these disagree or do not say, and for another kind of model."""
-    names = "prediction", "path_type", "model"
-    prediction, path_type, model = (str(settings.get(name, "")) for name in names)
+    """"SiT" or "REPA". The user, settings of the training and tensors may each tell. Raises
+    ValueError if they disagree or none tells, and for another kind of model."""
+    prediction, path_type = settings.get("prediction", ""), settings.get("path_type", "")
+    model = str(settings.get("model", ""))
     if (prediction not in ("", "velocity", "v") or path_type not in ("", "linear", "Linear")
             or model.startswith("DiT")):
         raise ValueError(f"{prediction=}, {path_type=}, {model=}: give velocity of linear paths")
     _, C, p, _ = tensors["x_embedder.proj.weight"].shape
     # SiT has twice the output channels, of which the second half is unused. REPA has projectors.
-    is_double = len(tensors["final_layer.linear.bias"]) == 2 * C * p * p
-    has_more = any(name.startswith(("projectors.", "decoder_blocks.")) for name in tensors)
-    is_sit = told == "sit" or prediction == "velocity" or is_double
-    is_repa = told == "repa" or prediction == "v" or has_more
-    if is_sit == is_repa:
+    sit = [told == "sit", prediction == "velocity",
+           len(tensors["final_layer.linear.bias"]) == 2 * C * p * p]
+    repa = [told == "repa", prediction == "v",
+            any(name.startswith(("projectors.", "decoder_blocks.")) for name in tensors)]
+    if any(sit) == any(repa):
         raise ValueError("marks of both SiT and REPA, or of none: give the right --teacher-format")
-    return "SiT" if is_sit else "REPA"
+    return "SiT" if any(sit) else "REPA"
 
 
 def read_public(file, teacher_format="", num_heads=0):
@@ -1314,7 +1324,7 @@ def read_public(file, teacher_format="", num_heads=0):
     files of other models.
     """
     tensors, keys, settings = unwrap(file)
-    kind = find_format(tensors, settings, teacher_format)
+    origin = find_format(tensors, settings, teacher_format)
     # Names: REPA's projectors are not needed. Its older files name the later blocks decoder_blocks.
     tensors = {name: v for name, v in tensors.items() if not name.startswith("projectors.")}
     encoder = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
@@ -1323,7 +1333,7 @@ def read_public(file, teacher_format="", num_heads=0):
         tensors[f"blocks.{encoder + int(i)}.{rest}"] = tensors.pop(name)
     # Time: SiT is called at 1 - t. cos(w - wt) = cos w cos wt + sin w sin wt, and sin(w - wt) =
     # sin w cos wt - cos w sin wt. So the weights that meet them are combined in the same way.
-    if kind == "SiT":
+    if origin == "SiT":
         w = torch.exp(-math.log(10000) / 128 * torch.arange(128, dtype=torch.float64))
         of_cos, of_sin = tensors["t_embedder.mlp.0.weight"].double().split(128, 1)
         tensors["t_embedder.mlp.0.weight"] = torch.cat(
@@ -1332,13 +1342,13 @@ def read_public(file, teacher_format="", num_heads=0):
     _, C, p, _ = tensors["x_embedder.proj.weight"].shape
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
         used = tensors[name].unflatten(0, (p * p, -1))[:, :C].flatten(0, 1)  # pixel, channel
-        tensors[name] = used if kind == "SiT" else -used
+        tensors[name] = used if origin == "SiT" else -used
     # Labels: training without label dropout leaves no null label; give it a row, never used.
     table = tensors["y_embedder.embedding_table.weight"]
     classes = settings.get("num_classes", 1000 if len(table) == 1000 else len(table) - 1)
     if len(table) == classes:
         tensors["y_embedder.embedding_table.weight"] = torch.cat([table, table.mean(0)[None]])
-    return {"format": " ".join([kind, *keys]), "ema": tensors, "has_null": len(table) > classes,
+    return {"format": " ".join([origin, *keys]), "ema": tensors, "has_null": len(table) > classes,
             "network": infer_settings(tensors, num_heads)}
 
 
@@ -1384,11 +1394,11 @@ def forwards_needed(module, config):
     teacher = 1 + config.is_guided
     if not isinstance(module, Distiller):
         return training * config.batch_size
-    target = 2 + teacher
+    predict = training + 2 + teacher  # F, dF/ddelta, u
     if config.prediction == "solver":
-        target = 1 + 4 * config.solver_steps * teacher
-    predict = (training + target) * (config.batch_size - config.corrections)
-    return predict + (2 * training + teacher) * config.corrections
+        predict = training + 1 + 4 * config.solver_steps * teacher  # F, the jump, RK4
+    correct = 2 * training + teacher  # F and critic, u
+    return predict * (config.batch_size - config.corrections) + correct * config.corrections
 
 
 def summarise(recent, seconds, module, config):
@@ -1416,7 +1426,9 @@ def run_stage(kind, module, config, out, score=None):
             for name, part in state.parts.items():
                 part.load_state_dict(saved[name])
             state.step, state.log = saved["step"], saved["log"]
-    state.keep(path)  # a folder that cannot be written is found now
+        if RANK == 0:
+            print(f"{path} has {state.step} of {config.steps} steps")
+    state.write(path)  # a folder that cannot be written is found now
     recent, interrupts, clock = [], [], time.perf_counter()
     signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
     bar = tqdm(train(module, config, state), kind, config.steps, initial=state.step,
@@ -1427,13 +1439,13 @@ def run_stage(kind, module, config, out, score=None):
         recent.append(metrics)
         if is_last or step % LOG_INTERVAL == 0:
             line = summarise(recent, time.perf_counter() - clock, module, config)
-            if RANK == 0 and score and (is_last or step % (5 * LOG_INTERVAL) == 0):
+            if RANK == 0 and score:
                 line["endpoint_error"] = score(state.ema)
             state.log.append({"stage": kind, "step": step, **line})
-            bar.set_postfix({name: f"{v:.3g}" for name, v in line.items()}, refresh=False)
+            bar.set_postfix({k: f"{line[k]:.3g}" for k in SHOWN if k in line}, refresh=False)
             recent, clock = [], time.perf_counter()
         if is_last or step % CHECKPOINT_INTERVAL == 0:
-            state.keep(path)
+            state.write(path)
         if is_stopped:
             bar.close()
             raise UserError(f"interrupted: {path} holds step {step}, the same command continues")
@@ -1470,22 +1482,22 @@ MAY_CHANGE = {
 
 
 def claim_folder(config, held, **sources):
-    """The folder of a run: --out, or the first of runs/toy2d, runs/toy2d-2, ... that is new or has
-    the config.json of this run. held: an ExitStack, which gets the folder's lock. sources: sums of
-    data and given networks. Raises UserError if another run or another process has the folder.
-    mine: what decides the weights of this run; theirs: the same of the run in the folder."""
+    """Returns the folder of a run and writes its config.json, the settings that decide its weights.
+    It is --out, or the first of runs/toy2d, runs/toy2d-2, ... that is new or has the same settings.
+    held: an ExitStack, which gets the folder's lock. sources: sums of data and given networks.
+    Raises UserError if another run or another process has the folder."""
     mine = {name: v for name, v in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
     mine = json.loads(json.dumps({**mine, **sources}))  # as it comes back from the file
     for i in itertools.count(1):
         folder = Path(config.out or f"runs/{config.dataset}-{i}".removesuffix("-1"))
         with explained(f"{folder} cannot be used: give another --out"):
             folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / "lock", timeout=0)
+        lock = FileLock(folder / "lock", timeout=0)  # free again when its process dies
         with contextlib.suppress(Timeout):
-            held.enter_context(lock)  # the lock of a process that dies is free
+            held.enter_context(lock)
         file = folder / "config.json"
         theirs = json.loads(file.read_text()) if file.exists() else {}
-        if lock.is_locked and theirs in ({}, mine):
+        if lock.is_locked and theirs in ({}, mine):  # nobody uses it, and it is new or ours
             save(file, lambda part: part.write(json.dumps(mine, indent=1).encode()))
             return folder
         held.close()
@@ -1509,9 +1521,7 @@ def new_network(data, config):
 
 
 def open_teacher(given, device):
-    """The network of --teacher. The settings that it fixes are added. Raises UserError."""
-    if given.get("stage") == "teacher":
-        raise UserError("--stage teacher trains a teacher: remove --teacher", 2)
+    """The network of --teacher. Adds the settings that it fixes to `given`. Raises UserError."""
     told = given.get("teacher_format", ""), given.get("num_heads", 0)
     network, file = load_network(given["teacher"], "teacher", device, *told)
     if RANK == 0:
@@ -1529,15 +1539,14 @@ def open_teacher(given, device):
     return network
 
 
-def run_training(given):
+def run_training(given, device):
     """Train a teacher, distill it, compare the two. What cannot work is refused before."""
-    with explained("--device: this machine does not have it, give cpu"):
-        device = torch.zeros(1, device=given.get("device", Config.device)).device
     teacher = open_teacher(given, device) if given.get("teacher") else None
     config = make_config(**given)
-    student = load_student(config.student, device).network if config.student else None
+    start = load_student(config.student, device).network if config.student else None
+    # Sums tell one teacher, student or data set from another.
     sources = {name: f"of sum {network.final_layer.linear.weight.cpu().double().sum()}"
-               for name, network in (("teacher", teacher), ("student", student)) if network}
+               for name, network in (("teacher", teacher), ("student", start)) if network}
     data = None
     if teacher is None or config.dataset == "toy2d":
         data = open_data(config)
@@ -1545,9 +1554,9 @@ def run_training(given):
         sources["data"] = [x.double().sum().item(), len(data.labels), data.center, data.scale]
     network = teacher or new_network(data, config).to(device)
     sizes = {**network.settings, "guidance": config.is_guided}
-    if student and (teacher is None or student.settings != sizes):
+    if start and (teacher is None or start.settings != sizes):
         raise UserError("--student: give its --teacher too, and its sizes and guidance", 2)
-    if config.exact_teacher and not getattr(data, "is_known", False):
+    if config.exact_teacher and not getattr(data, "has_density", False):
         raise UserError("--exact-teacher: only toys have one, with 2000 points at most", 2)
     count_micro_batches(config, config.batch_size - config.corrections, config.corrections)
     if config.dataset == "toy2d":  # more threads gain nothing on networks as small as these
@@ -1558,42 +1567,46 @@ def run_training(given):
         out = [claim_folder(config, held, **sources) if RANK == 0 else None]
         if WORLD > 1:
             distributed.broadcast_object_list(out)
-        run_stages(network, student, data, config, out[0])
+        run_stages(network, start, data, config, out[0])
 
 
-def run_stages(network, student, data, config, out):
-    """The stages of a run; one that is finished is only loaded. network: the teacher, or one to be
-    trained. student: None, or the network of one to start from."""
+def run_stages(teacher, start, data, config, out):
+    """The stages of a run; one that is finished is only loaded. teacher: its network, to be trained
+    first if there is no --teacher. start: the network of --student, or None."""
     log = []
     if not config.teacher:
         first = dataclasses.replace(config, steps=config.teacher_steps,
                                     learning_rate=config.teacher_learning_rate)
-        network, log = run_stage("teacher", FlowMatching(network, data, first), first, out)
+        teacher, log = run_stage("teacher", FlowMatching(teacher, data, first), first, out)
     if config.stage == "all":
         exact = copy.deepcopy(data) if config.exact_teacher else None  # data stays on the CPU
-        distiller = make_distiller(network, config, exact, student)
-        score = endpoint_score(distiller.teacher, network, config)
-        student, more = run_stage("student", distiller, config, out, score)
+        distiller = make_distiller(teacher, config, exact, start)
+        score = endpoint_score(distiller.teacher, teacher, config)
+        network, more = run_stage("student", distiller, config, out, score)
         if RANK == 0:
-            evaluate(FlowMap(student), distiller.teacher, data, config, out, log + more)
+            evaluate(FlowMap(network), distiller.teacher, data, config, out, log + more)
 
 
-def run_sampling(given):
+def run_sampling(given, device):
     """Draw samples of the student in --out, or of the newest run of the data set: samples.png, and
     samples.npz in the layout of ADM's evaluation. arr_0 is pictures in uint8 (N, H, W, C), latents
     (N, H, W, C), or points (N, 2); arr_1 is labels (N,). Every process computes its share."""
-    dataset = given.pop("dataset", "toy2d")
+    dataset = given.get("dataset", "toy2d")
     runs = Path("runs").glob(f"{dataset}*/student.pt")
     newest = max(runs, key=os.path.getmtime, default=Path("runs", dataset, "student.pt"))
     out = Path(given.get("out", newest.parent))
-    network, file = load_network(out / "student.pt", "student", given.get("device", Config.device))
-    config = Config(**{**file["config"], "seed": 0, "device": Config.device, **given})
+    network, file = load_network(out / "student.pt", "student", device)
+    theirs = json.loads(json.dumps(file["config"]))  # lists, as those of flags
+    for name in given.keys() - MAY_CHANGE - {"seed"}:
+        if given[name] != theirs[name]:
+            raise UserError(f"{flag(name)} {given[name]}: {out} has {theirs[name]}", 2)
+    config = Config(**{**theirs, "seed": 0, **given})
     N = config.samples
     if N < WORLD:
         raise UserError(f"--samples: give {WORLD} or more, one for each process", 2)
     y, strength = conditions(network, config, N)
     if config.classes:
-        with explained(f"--classes: give labels below {network.num_classes}, such as 0,1"):
+        with explained(f"--classes: {out} has {network.num_classes} labels, give some, as in 0,1"):
             labels = [range(network.num_classes).index(int(v)) for v in config.classes.split(",")]
         y = torch.tensor(labels, device=y.device)[torch.arange(N) % len(labels)]
     y = y.expand(N)
@@ -1627,20 +1640,20 @@ def main(argv=None):
     try:
         if WORLD > 1:  # process 0 may measure or download for long while the others wait
             distributed.init_process_group(timeout=datetime.timedelta(minutes=60))
-            if given.get("device", Config.device) == "cuda":
-                with explained("start no more processes than there are GPUs, or give --device cpu"):
-                    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        name = given.get("device", Config.device)
+        with explained("--device: not on this machine, or fewer GPUs than processes: give cpu"):
+            if WORLD > 1 and name == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            device = torch.zeros(1, device=name).device
         run = run_sampling if given.get("stage") == "sample" else run_training
-        run(given)
+        run(given, device)
         return 0
     except (Exception, KeyboardInterrupt) as e:
         if given.get("debug"):
             raise
-        line = f"{type(e).__name__}: {e} (--debug shows where)"
-        status = 1
+        line, status = f"{type(e).__name__}: {e} (--debug shows where)", 1
         if isinstance(e, UserError):
-            line = e.args[0]
-            status = e.args[1] if len(e.args) > 1 else 1
+            line, status = (*e.args, 1)[:2]
         elif isinstance(e, KeyboardInterrupt):
             line = "interrupted: the same command continues"
         elif "memory" in str(e):
