@@ -1597,9 +1597,9 @@ def run_sampling(given, device):
     out = Path(given.get("out", newest.parent))
     network, file = load_network(out / "student.pt", "student", device)
     theirs = json.loads(json.dumps(file["config"]))  # lists, as those of flags
-    for name in given.keys() - MAY_CHANGE - {"seed"}:
-        if given[name] != theirs[name]:
-            raise UserError(f"{flag(name)} {given[name]}: {out} has {theirs[name]}", 2)
+    for name, v in given.items():
+        if name not in {*MAY_CHANGE, "seed"} and v != theirs[name]:
+            raise UserError(f"{flag(name)} {v}: {out} has {theirs[name]}, give another --out", 2)
     config = Config(**{**theirs, "seed": 0, **given})
     N = config.samples
     if N < WORLD:

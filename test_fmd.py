@@ -1127,13 +1127,13 @@ def test_other_errors_are_one_line_and_debug_shows_where(tmp_path, monkeypatch, 
 
 def write_idx(folder, pictures, labels):
     """MNIST's four files, as torchvision looks for them."""
-    raw = folder / "MNIST" / "raw"
+    raw = Path(folder, "MNIST", "raw")
     raw.mkdir(parents=True)
     for part in ("train", "t10k"):
         head = np.array([2051, len(pictures), 28, 28], ">i4").tobytes()
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(head + pictures.tobytes())
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(head + pictures.astype("u1").tobytes())
         head = np.array([2049, len(labels)], ">i4").tobytes()
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(head + labels.tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(head + labels.astype("u1").tobytes())
     return raw
 
 
