@@ -3,7 +3,7 @@
 A flow model draws a sample by solving an ODE with hundreds of network evaluations. This file
 distills such a teacher into a student that needs one evaluation, and it uses no data to do so.
 It follows Tong, Ma, Xie and Jaakkola, "Flow Map Distillation Without Data" (FreeFlow, arXiv
-2511.19428). Numbers in [brackets] are the paper's equations.
+2511.19428).
 
 Map: 1. The method (the whole paper, in reading order: read this first)  2. Teachers  3. Network
 4. Data  5. Settings  6. Training. Skip at first: 7. Measures  8. Pictures  9. Files  10. Runs
@@ -21,6 +21,9 @@ Conventions, everywhere in this file
     Samples are images (B, C, H, W) of d = C H W values; a point of the plane is 2 x 1 x 1.
     t, delta, r and guidance (the strength gamma) are (B,), or (1,) if one value serves all.
     Labels y are int64, (B,) or (1,). num_classes is the null label, "any class"; y=None is too.
+
+The paper's equations: [7] v_G = u(f, 1 - delta). [8] 1/2 ||F - sg(F - D_G)||^2, where sg means held
+constant; [9] is its gradient, with D_G. [10] the gradient of a KL divergence. [11] D_N in it.
 
 Commands to paste; the same command continues a run that was interrupted
     python fmd.py --dataset toy2d                            # a 2-D toy: teacher, student, pictures
@@ -137,7 +140,7 @@ def guided(teacher, guidance, interval=(0.0, 1.0)):
 
     def u(x, t, y=None):
         if y is None:
-            return teacher(x, t)  # label and null label are the same
+            return teacher(x, t)  # y is null: both velocities are the same
         t, y = t.expand(len(x)), y.expand(len(x))
         both = torch.cat([y, torch.full_like(y, teacher.num_classes)])
         labelled, null = teacher(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
@@ -154,11 +157,10 @@ def mean_square(D):
     return D.flatten(1).square().mean(1)
 
 
-# Why no_grad, the paper's stop-gradient sg: [8] is regression, 1/2 ||F - sg(F - D_G)||^2, and its
-# target is computed anew at every step. Without sg the loss could also fall in a wrong way, by
-# moving f to where u happens to be near v_G. And it would need a second derivative of F and a
-# derivative of u.
-@torch.no_grad()  # the jvp below is forward-mode and works all the same
+# Why no_grad, the paper's stop-gradient sg: [8] is regression, and its target F - D_G is computed
+# anew at every step. Without sg the loss could also fall in a wrong way, by moving f to where u
+# happens to be near v_G. And it would need a second derivative of F and a derivative of u.
+@torch.no_grad()  # a forward-mode jvp does not need autograd
 def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp", spacing=0.005,
                         F=None):
     """Predict: D_G = v_G - u(f, 1 - delta) of [9], where v_G = df/ddelta = F + delta dF/ddelta.
@@ -173,14 +175,15 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
 
     The price of evaluating u at f: while f is wrong, this is a wrong place, and errors compound.
     Between modes paths part, and a small early D_G can end as a large error; inside of a mode
-    errors mostly shrink. For the error e = f - phi has de/ddelta = D_G + u(f) - u(phi). With the
+    errors mostly shrink. The error e = f - phi obeys de/ddelta = D_G + u(f) - u(phi). With its
     growth rate L = <e, u(f) - u(phi)> / ||e||^2, above 0 between modes, this gives (Gronwall)
         ||e|| at delta = 1 <= integral over delta of ||D_G|| exp(integral of L from delta to 1).
     """
     if F is None:
         F = student.F(z, delta, y, guidance)
-    # Why a partial derivative: one noise z has one path, and only delta moves along it. In MeanFlow
-    # the start of the jump moves too, so its identity has a total derivative.
+    # Why a partial derivative: the jump starts at the noise z, which stays, and only its end moves
+    # with delta. MeanFlow moves the start t of the jump, and the state x_t there moves with it. So
+    # its derivative is total: dF/dt plus dx_t/dt times the gradient of F with respect to x_t.
     if form == "jvp":
         delta = delta.contiguous()  # jvp refuses an expanded tensor
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode derivative
@@ -205,11 +208,14 @@ def correction_gradient(v_N, u, x_r, r, y=None):
 
     v_N: values of E[x - n | x_r] for the student's samples x, noised: x_r = (1 - r) x + r n.
 
+    Why correct: training leaves a small D_G, and along the path errors compound. D_G compares one
+    place of a path, D_N the distributions in which all paths end.
+
     Why the loss F(z, 1) . D_N, with D_N constant, descends a KL divergence:
     1. The gradient of KL(student's x_r || teacher's x_r) is E[(dx_r/dtheta)^T (student's score -
        teacher's score)] [10]. (The student's log p changes too, but E[dlog p/dtheta] = 0.)
-    2. A score is -E[n | x_r] / r, and n = x_r - (1 - r) (x - n). So with v = E[x - n | x_r] it is
-       ((1 - r) v - x_r) / r, and the scores differ by (1 - r) / r D_N.
+    2. A score, the gradient of log p, is -E[n | x_r] / r (Tweedie), and n = x_r - (1 - r) (x - n).
+       With v = E[x - n | x_r] it is ((1 - r) v - x_r) / r. So the scores differ by (1 - r) / r D_N.
     3. x = z + F(z, 1), so dx_r/dtheta = (1 - r) dF/dtheta.
     The factor (1 - r)^2 / r of the product is left out. It depends on r only, so it says how much
     each noise level counts.
@@ -230,9 +236,9 @@ def decay(D, k):
     What k does: with k = 0 (squared residual) a few noises with large residuals dominate. With 1/2
     all samples pull about equally, with 1 large residuals pull less. With prediction only it hardly
     matters: the paper's FID (DiT-B/2) is about 12 for each k. With the correction the FID is 43.5
-    for k = 0, 10.6 for 1/2 and 5.6 for 1. For where residuals are large the two losses disagree:
-    prediction pulls a sample to the end of its own path, correction to a mode that is near. With
-    k = 0 both pull hard there, with k = 1 the correction decides.
+    for k = 0, 10.6 for 1/2 and 5.6 for 1. The reason: where residuals are large, the losses
+    disagree. Prediction pulls a sample to the end of its own path, correction to a mode that is
+    near. With k = 0 both pull hard there, with k = 1 the correction decides.
     """
     return D / expand((mean_square(D) + EPS) ** k)
 
@@ -242,7 +248,7 @@ class Distiller(nn.Module):
     critic. train and TrainState.update of section 6 change the weights.
 
     network: a velocity network, read as the student's F; critic: another, which learns v_N. Both
-    start as copies of the teacher: v_N comes near u, so the critic has to learn a difference only.
+    start as copies of the teacher: as the student learns, v_N comes near u.
     teacher: u(x, t, y), never changed. config: a Config. The paper has prediction "jvp", decay
     k = 1, alpha = 1, r_location 0.8 and correction_share 1/4. Each loss is a mean over its own
     rows, so the share is not a weight: it says how many rows estimate each.
@@ -301,21 +307,6 @@ class Distiller(nn.Module):
                         "lambda": torch.as_tensor(lambda_, device=r.device)}
         return loss, metrics
 
-    @torch.no_grad()
-    def solver_gradient(self, u, F, z, delta, h, y, guidance):
-        """The form `solver` of D_G, which is ours, without a derivative (weights with a good F can
-        have a poor dF/ddelta). The student jumps to delta - h, the teacher's ODE leads from there
-        to delta, where it ends at `end`, and the result is (f(z, delta) - end) / delta. Rows with
-        delta = h start at z: they learn the teacher's own path.
-
-        For a short h it is [9] times h / delta, since end = f(delta - h) + h u. With ema_target
-        averaged weights jump, for a less noisy target. This adds (f - f_ema) / delta, both at
-        delta - h, which does not shrink with h: so h must be long, or this part would dominate.
-        """
-        start = (self.ema_student or self.student).f(z, delta - h, y, guidance)
-        end = solve_ode(u, start, self.config.solver_steps, "rk4", y, t=1 - delta + h, length=h)
-        return F - (end - z) / expand(delta)  # (f - end) / delta
-
     def draw(self, step):
         """The batch of a training step, from the prior alone: {name: one row a sample}. With
         guidance each row has a strength: it is an input of the student, so that one student serves
@@ -325,17 +316,17 @@ class Distiller(nn.Module):
         correct = config.corrections  # rows that correct
         predict = config.batch_size - correct
         batch = {}
-        for rows, count in ("G", predict), ("N", correct):
-            y = torch.randint(max(1, classes), (count,), generator=g)  # no classes: all are null, 0
+        for side, count in ("G", predict), ("N", correct):
+            y = torch.randint(max(1, classes), (count,), generator=g)  # no classes: 0, null
             is_null = torch.rand(count, generator=g) < config.label_dropout
-            batch[f"z_{rows}"] = torch.randn(count, *shape, generator=g)
-            batch[f"y_{rows}"] = torch.where(is_null, classes, y)
+            batch[f"z_{side}"] = torch.randn(count, *shape, generator=g)
+            batch[f"y_{side}"] = torch.where(is_null, classes, y)
             if config.is_guided:
                 strength = torch.rand(count, generator=g)
-                batch[f"guidance_{rows}"] = 1 + (config.guidance_max - 1) * strength
+                batch[f"guidance_{side}"] = 1 + (config.guidance_max - 1) * strength
         # Stratified: each row draws U in a part of (0, 1] of its own. A delta_scale above 1 is for
-        # form solver: many rows then have delta = 1, where its residual moves the one-step sample
-        # f(z, 1) itself. (That of jvp or difference is the error of the last velocity only.)
+        # form solver: many rows then have delta = 1, where its residual is the error of the sample
+        # f(z, 1). (That of jvp or difference is only the error of the velocity there.)
         U = 1 - (torch.arange(predict) + torch.rand(predict, generator=g)) / predict
         batch["delta"] = (config.delta_scale * U).clamp(1e-3, 1)  # solver divides by delta
         if config.prediction == "solver":
@@ -348,6 +339,22 @@ class Distiller(nn.Module):
         batch["r"] = torch.sigmoid(config.r_location + torch.randn(correct, generator=g))
         batch["n"] = torch.randn(correct, *shape, generator=g)
         return batch
+
+    @torch.no_grad()
+    def solver_gradient(self, u, F, z, delta, h, y, guidance):
+        """The form `solver` of D_G, which is ours, without a derivative (weights with a good F can
+        have a poor dF/ddelta). The student jumps to delta - h, the teacher's ODE leads from there
+        to delta, where it ends at `end`, and the result is (f(z, delta) - end) / delta. Rows with
+        delta = h start at z: they learn the teacher's own path.
+
+        For a short h it is [9] times h / delta: f(delta) is f(delta - h) + h v_G, and end is
+        f(delta - h) + h u. With ema_target averaged weights jump, for a less noisy target. This
+        adds (f - f_ema) / delta, both at delta - h, which does not shrink with h. So h must be
+        long, or the student would mostly follow its own average.
+        """
+        start = (self.ema_student or self.student).f(z, delta - h, y, guidance)
+        end = solve_ode(u, start, self.config.solver_steps, "rk4", y, t=1 - delta + h, length=h)
+        return F - (end - z) / expand(delta)  # (f - end) / delta
 
 
 # 2. Teachers -------------------------------------------------------------------------------------
@@ -834,7 +841,7 @@ class TrainState:
         trained = {"model": module.network}
         if getattr(module, "critic", None):
             trained["critic"] = module.critic
-        self.peaks = [config.learning_rate, config.critic_learning_rate]  # of these, in order
+        self.peaks = [config.learning_rate, config.critic_learning_rate]  # of trained, in order
         # requires_grad_: a copy of another state's average is frozen.
         groups = [{"params": list(v.requires_grad_().parameters())} for v in trained.values()]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
