@@ -1246,7 +1246,7 @@ def test_a_teacher_from_latents(dtype, tmp_path):
         assert json.loads((tmp_path / "out" / "metrics.json").read_text())["endpoint_error"] > 0
 
 
-KINDS = ["shape", "channels", "spread", "integers", "no labels", "number", "float"]
+KINDS = ["shape", "point", "channels", "spread", "integers", "no labels", "number", "float"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -1258,7 +1258,8 @@ def test_latents_that_are_refused(kind, tmp_path, capsys):
     elif kind in ("number", "float"):
         np.save(beside, {"number": y[1:], "float": y.astype(float)}[kind])
     else:
-        wrong = {"shape": x[:, :, 1:], "channels": np.concatenate([x, x], 1), "spread": x / 0.18215}
+        wrong = {"shape": x[:, :, 1:], "channels": np.concatenate([x, x], 1), "spread": x / 0.18215,
+                 "point": x[:, :, :1, :1]}
         np.save(path, wrong.get(kind, x.astype(int)))
     flags = ["--dataset", "imagenet", "--data", path, "--out", tmp_path / "out", *TINY_LATENTS]
     line = run(*flags, status=1, capsys=capsys)
@@ -1533,8 +1534,9 @@ GUIDED += ["--toy", "moons", "--correction-share", "0.25", "--teacher-steps", "4
 
 
 def test_two_processes_equal_one(tmp_path):
-    run("--out", tmp_path / "one", *TINY, *GUIDED)
-    done = torchrun("--out", tmp_path / "two", *TINY, *GUIDED, "--activation-checkpointing")
+    flags = [*TINY, *GUIDED, "--micro-batch-size"]  # two parts for each
+    run("--out", tmp_path / "one", *flags, "8")
+    done = torchrun("--out", tmp_path / "two", *flags, "4", "--activation-checkpointing")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("endpoint error") == 1
     for name in ("teacher.pt", "student.pt"):
