@@ -726,7 +726,8 @@ def test_how_a_step_is_computed_changes_rounding_only(loss, change, value, toler
     compile = functools.partial(nn.Module.compile, backend=backend)
     monkeypatch.setattr(fmd.DiT, "compile", lambda self: compile(self))
     torch.compiler.reset()
-    also = {"activation_checkpointing": change == "compile"}  # the two together
+    # compile alone for the teacher, otherwise with recomputed activations
+    also = {"activation_checkpointing": change == "compile" and loss != "teacher"}
     whole, found = some_steps(loss), some_steps(loss, **{**also, change: value})
     for a, b in zip(found[:2], whole):
         assert relative(a, b) < tolerance and a.dtype == torch.float32
