@@ -183,7 +183,7 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
         F = student.F(z, delta, y, guidance)
     # Why a partial derivative: the jump starts at the noise z, which stays, and only its end moves
     # with delta. MeanFlow moves the start t of the jump, and the state x_t there moves with it. So
-    # its derivative is total: dF/dt plus dx_t/dt times the gradient of F with respect to x_t.
+    # its derivative is total: the partial one plus dx_t/dt times the gradient of F in x_t.
     if form == "jvp":
         delta = delta.contiguous()  # jvp refuses an expanded tensor
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode derivative

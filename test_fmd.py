@@ -1473,24 +1473,38 @@ class Judge:
         return frechet(self.features(x), self.reference), agreement
 
 
+def effective_strength(x, ends):
+    """The strength at which the teacher's samples, ends[strength], are nearest to x: the minimum of
+    a parabola over log(strength), through the smallest squared error and its two neighbours."""
+    errors = [(x - end).square().mean().item() for end in ends.values()]
+    i = min(max(1, errors.index(min(errors))), len(errors) - 2)
+    near = slice(i - 1, i + 2)
+    a, b, _ = np.polyfit(np.log([*ends][near]), errors[near], 2)
+    return math.exp(-b / (2 * a))
+
+
 def judge_digits(folder, teacher_path, *student_paths):
-    """Print the scores of 1000 samples of a teacher and its students, without guidance and at 2."""
+    """Print the scores of 1000 samples: a teacher at several strengths, students at 1 and 2."""
     judge, teacher = Judge(folder), fmd.load_teacher(teacher_path)
     line = "{}, strength {:g}: distance {:.3f}, label {:.3f}"
     print(line.format("other digits", 1, *judge.floor))
     z, y = fmd.draw_noise(teacher, 1000, fmd.generator(98)), torch.arange(1000) % 10
-    students = {path: fmd.load_student(path) for path in student_paths}
-    for strength in torch.tensor([[1.0], [2.0]]):
-        u = fmd.guided(teacher, strength)
-        sets = {teacher_path: fmd.in_batches(
-            lambda z, y, u=u: fmd.solve_ode(u, z, 8, "rk4", y), z, y)}
-        for path, student in students.items():
-            if student.network.settings["guidance"]:
-                sets[path] = fmd.jump(student, z, y, strength)
-            elif strength == 1:
-                sets[path] = fmd.jump(student, z, y)
-        for name, x in sets.items():
-            print(line.format(name, strength.item(), *judge.score(x, y)), flush=True)
+    ends = {}
+    for strength in 0.75, 1.0, 1.25, 1.5, 2.0, 2.5:
+        u = fmd.guided(teacher, torch.tensor([strength]))
+        ends[strength] = fmd.in_batches(
+            lambda z, y, u=u: fmd.solve_ode(u, z, 8, "rk4", y), z, y)
+        print(line.format(teacher_path, strength, *judge.score(ends[strength], y)), flush=True)
+    for path in student_paths:
+        student = fmd.load_student(path)
+        given = torch.tensor([[1.0], [2.0]])
+        if not student.network.settings["guidance"]:
+            given = [None]
+        for strength in given:
+            x = fmd.jump(student, z, y, strength)
+            scores = line.format(path, 1 if strength is None else strength.item(),
+                                 *judge.score(x, y))
+            print(f"{scores}, as the teacher at {effective_strength(x, ends):.2f}", flush=True)
 
 
 def test_digits_are_judged(digits):
@@ -1513,9 +1527,18 @@ def test_students_with_and_without_guidance_are_judged(digits, tmp_path, capsys)
     capsys.readouterr()
     judge_digits(digits[0], teacher, guided / "student.pt", plain / "student.pt")
     lines = [line.split(", strength ") for line in capsys.readouterr().out.splitlines()]
-    names = ["other digits", *map(str, (teacher, guided / "student.pt", plain / "student.pt"))]
-    assert [name for name, _ in lines] == names + names[1:3]
-    assert [float(rest[0]) for _, rest in lines] == [1, 1, 1, 1, 2, 2]
+    names = map(str, [teacher] * 6 + [guided / "student.pt"] * 2 + [plain / "student.pt"])
+    assert [name for name, _ in lines] == ["other digits", *names]
+    found = [float(rest.split(":")[0]) for _, rest in lines]
+    assert found == [1, 0.75, 1, 1.25, 1.5, 2, 2.5, 1, 2, 1]
+
+
+def test_the_effective_strength_is_that_of_the_nearest_samples():
+    start, slope = noise(50), noise(50, seed=1)
+    ends = {v: start + math.log(v) * slope for v in (0.5, 1.0, 1.5, 2.0)}
+    for strength in 0.4, 0.8, 1.7, 3.0:  # also beyond the strengths that are given
+        x = start + math.log(strength) * slope
+        assert effective_strength(x, ends) == pytest.approx(strength)
 
 
 # --- Processes -----------------------------------------------------------------------------------
