@@ -253,10 +253,10 @@ class Distiller(nn.Module):
     k = 1, alpha = 1, r_location 0.8 and correction_share 1/4. Each loss is a mean over its own
     rows, so the share is not a weight: it says how many rows estimate each.
 
-    Why the correction has its own guidance interval: a guided u makes D_N move even a perfect
-    student (see correction_gradient), an unguided u makes it pull to less guidance. [0, 0.7] trades
-    one bias for the other: it guides about half of the rows, those with r up to 0.7. The paper's
-    FID is then 5.6, with [0, 1] 8.7.
+    Why the correction has its own guidance interval: with a guided u, D_N moves even a perfect
+    student (see correction_gradient), on digits to more guidance than asked for; with an unguided u
+    it pulls to less. [0, 0.7] trades one bias for the other: it guides about half of the rows,
+    those with r up to 0.7. The paper's FID is then 5.6, with [0, 1] 8.7.
     """
 
     def __init__(self, network, critic, teacher, config):
