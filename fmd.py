@@ -83,9 +83,9 @@ class FlowMap:
     """The student: a velocity network read as F, the average velocity from t = 1 to t = 1 - delta.
     It has no weights of its own, so it is not an nn.Module.
 
-    Why it starts with the teacher's weights: an average over no time is the velocity itself, F(z,
-    0) = u(z, 1). So without guidance these weights are exactly right at delta = 0, and training
-    extends this to larger delta.
+    Why it starts with the teacher's weights: an average over no time is the velocity itself,
+    F(z, 0) = u(z, 1). So without guidance these weights are exactly right at delta = 0, and
+    training extends this to larger delta.
     """
 
     def __init__(self, network):
@@ -108,8 +108,8 @@ METHODS = {"euler": 1, "heun": 2, "rk4": 4}  # evaluations of u in a step
 def solve_ode(u, z, steps, method="heun", y=None, return_path=False, t=1.0, length=1.0):
     """Solve dx/d(delta) = u(x, 1 - delta) from x = z, in `steps` equal steps of a method above. By
     default from noise, t = 1, to the sample phi(z, 1); in general from t to t - length, numbers or
-    (B,). Returns the last state (B, C, H, W), or with return_path all of them, (steps + 1, B, C, H,
-    W). Raises ValueError for no steps or another method."""
+    (B,). Returns the last state (B, C, H, W), or with return_path all steps + 1 of them in one
+    tensor. Raises ValueError for no steps or another method."""
     if steps < 1 or method not in METHODS:
         raise ValueError(f"solve_ode: {steps} steps of {method}; give 1 or more of {[*METHODS]}")
     t = torch.as_tensor(t, device=z.device).view(-1)
@@ -183,7 +183,7 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
         F = student.F(z, delta, y, guidance)
     # Why a partial derivative: the jump starts at the noise z, which stays, and only its end moves
     # with delta. MeanFlow moves the start t of the jump, and the state x_t there moves with it. So
-    # its derivative is total: the partial one plus dx_t/dt times the gradient of F in x_t.
+    # its derivative is total: the partial one, plus that of F with respect to x_t times dx_t/dt.
     if form == "jvp":
         delta = delta.contiguous()  # jvp refuses an expanded tensor
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode derivative
@@ -581,8 +581,7 @@ TOYS = ("checkerboard", "gaussians", "moons", "spirals", "rings")
 
 def make_toy(name):
     """One of TOYS as a GaussianMixture with a spread near 1. Raises KeyError for another name."""
-    # A point (x, y) is the complex number x + iy. A toy is its means, a row for each label, and its
-    # blur.
+    # A point (x, y) is the number x + iy. A toy has a row of means for each label, and a blur.
 
     def circle(N):
         return torch.polar(torch.ones(N), math.tau * torch.arange(N) / N)
@@ -751,8 +750,8 @@ PRESETS = {
                  "teacher_learning_rate": 1e-4, "guidance_max": 3.0, "guidance": 1.4,
                  "ema_decay": 0.9999, "eval_samples": 2000},
 }
-# paper: the defaults of Config are the paper's values where we know them. fast: ours, measured on
-# small models.
+# paper: defaults of Config and the correction_interval of PICTURES are the paper's values, where
+# we know them. fast: ours, measured on small models.
 RECIPES = {"paper": {},
            "fast": {"prediction": "solver", "decay": 0.5, "alpha": 0.3, "delta_scale": 2.0,
                     "ema_target": True, "correction_share": 0.125}}
@@ -806,7 +805,8 @@ def mean_over_processes(v):
 
 def count_micro_batches(config, *sizes):
     """Micro-batches of a process. sizes: rows to be split. Raises UserError if they would be of
-    unequal length: then the mean of their losses would not be the loss of the batch."""
+    unequal length: then the mean of their losses would not be the loss of the batch. (Nor is it
+    quite with equal ones: each has a lambda of its own.)"""
     share = config.batch_size / WORLD
     count = math.ceil(share / (config.micro_batch_size or share))
     if any(size % (WORLD * count) for size in sizes):
@@ -987,9 +987,8 @@ def sliced_w2(a, b, count=128):
 
 
 def conditions(network, config, N):
-    """What N samples are conditioned on when measured: labels in turn (N,), or the null label (1,)
-    if most of the training had it; the strength of guidance (1,). Without guidance None, with it
-    always labels."""
+    """What N samples are conditioned on when measured. Labels in turn (N,), or without guidance the
+    null label (1,) if most of the training had it. The strength (1,), or None without guidance."""
     y = torch.arange(N, device=device_of(network)) % max(1, network.num_classes)
     if config.label_dropout > 0.5 and not config.is_guided:
         y = torch.full_like(y[:1], network.num_classes)
@@ -1214,7 +1213,7 @@ def load_points(path):
     with explained(f"--toy {path}: give one of {TOYS} or FILE.npy, N x 2 finite numbers that vary"):
         points = np.load(path, allow_pickle=False).astype(np.float64)
         scale = points.std(0)
-        vary = np.isfinite(scale) & (np.ptp(points, 0) > 0)  # a deviation may be 0 but for rounding
+        vary = np.isfinite(scale) & (np.ptp(points, 0) > 0)  # of equal numbers std may be 1e-15
         if points.shape[1:] != (2,) or not vary.all():
             raise ValueError(f"shape {points.shape}, {vary.sum()} columns are finite and vary")
     means = torch.as_tensor((points - points.mean(0)) / scale, dtype=torch.float32)

@@ -732,6 +732,7 @@ def test_how_a_step_is_computed_changes_rounding_only(loss, change, value, toler
     for a, b in zip(found[:2], whole):
         assert relative(a, b) < tolerance and a.dtype == torch.float32
     for name, v in found[2].items():
+        assert not v.requires_grad  # or the metrics would keep the graphs of their steps
         assert v.item() == pytest.approx(whole[2][name].item(), rel=10 * tolerance), name
     assert bool(graphs) == (change == "compile")
     assert (relative(found[0], whole[0]) > 1e-4) == (change == "precision")
@@ -966,6 +967,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(
     assert "holds step 5, the same command continues" in line
     monkeypatch.undo()
     run("--out", tmp_path, *TINY)
+    assert "has 5 of 8 steps" in capsys.readouterr().out
     for name in ("teacher.pt", "student.pt"):
         same(finished / name, tmp_path / name)
 
@@ -1033,14 +1035,14 @@ def test_points_are_standardised_and_mapped_back(tmp_path):
     np.testing.assert_allclose((back - [1e9, 5.0]) / [1e6, 1e-3], x, atol=1e-5)
 
 
-KINDS = ["missing", "name", "npz", "shape", "constant", "nearly", "nan", "text"]
+BAD_POINTS = ["missing", "name", "npz", "shape", "constant", "nearly", "nan", "text"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", BAD_POINTS)
 def test_points_that_cannot_be_used_are_one_line(kind, tmp_path, capsys):
     x, path = np.random.default_rng(0).normal(size=(9, 2)), tmp_path / "p.npy"
     bad = {"shape": x.T, "constant": x * [1, 0], "nan": np.where(x == x[0, 0], np.nan, x),
-           "nearly": np.repeat(x, 999, 0) * [1, 0] + [0, 0.1]}  # its deviation is 1e-15
+           "nearly": np.repeat(x, 999, 0) * [1, 0] + [0, 0.1]}  # its deviation is 1e-14, not 0
     if kind in bad:
         np.save(path, bad[kind])
     elif kind == "npz":
@@ -1247,10 +1249,10 @@ def test_a_teacher_from_latents(dtype, tmp_path):
         assert json.loads((tmp_path / "out" / "metrics.json").read_text())["endpoint_error"] > 0
 
 
-KINDS = ["shape", "point", "channels", "spread", "integers", "no labels", "number", "float"]
+BAD_LATENTS = ["shape", "point", "channels", "spread", "integers", "no labels", "number", "float"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", BAD_LATENTS)
 def test_latents_that_are_refused(kind, tmp_path, capsys):
     path, x, y = write_latents(tmp_path)
     beside = tmp_path / "latents_labels.npy"
