@@ -5,7 +5,7 @@ distills such a teacher into a student that needs one evaluation, and it uses no
 It follows Tong, Ma, Xie and Jaakkola, "Flow Map Distillation Without Data" (FreeFlow, arXiv
 2511.19428).
 
-Map: 1. The method (the whole paper, in reading order: read this first)  2. Teachers  3. Network
+Map: 1. The method (the paper's losses, in reading order: read this first)  2. Teachers  3. Network
 4. Data  5. Settings  6. Training. Skip at first: 7. Measures  8. Pictures  9. Files  10. Runs
 
 Conventions, everywhere in this file
@@ -15,15 +15,16 @@ Conventions, everywhere in this file
     delta = 1 - t is the progress of a path: sampling solves dx/d(delta) = u(x, 1 - delta).
     phi(z, delta) is the state that the teacher's path from the noise z reaches at delta.
     f(z, delta) = z + delta F(z, delta) is the student's phi. f(z, 1) is its one-step sample.
-    v_G = df/ddelta is the velocity of the student's map (G: generating), and D_G = v_G - u.
-    v_N = E[x - n | x_r] is the velocity of the student's samples x, noised to x_r (N: noising),
-        and D_N = v_N - u.
+    v_G = df/ddelta is the velocity of the student's map (G: generating).
+        D_G = v_G - u(f, 1 - delta)
+    v_N = E[x - n | x_r] is the velocity of the student's samples x, noised to x_r (N: noising).
+        D_N = v_N - u(x_r, r)
     Samples are images (B, C, H, W) of d = C H W values; a point of the plane is 2 x 1 x 1.
     t, delta, r and guidance (the strength gamma) are (B,), or (1,) if one value serves all.
     Labels y are int64, (B,) or (1,). num_classes is the null label, "any class"; y=None is too.
 
-The paper's equations: [7] v_G = u(f, 1 - delta). [8] 1/2 ||F - sg(F - D_G)||^2, where sg means held
-constant; [9] is its gradient, with D_G. [10] the gradient of a KL divergence. [11] D_N in it.
+The paper's equations: [7] v_G = u(f, 1 - delta). [8] the loss 1/2 ||F - sg(F - D_G)||^2, where sg
+means held constant. [9] its gradient, with D_G. [10] a KL divergence. [11] its gradient, with D_N.
 
 Commands to paste; the same command continues a run that was interrupted
     python fmd.py --dataset toy2d                            # a 2-D toy: teacher, student, pictures
@@ -51,11 +52,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as nnf  # not F: that is the student's average velocity
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from matplotlib.animation import FuncAnimation
 from matplotlib.figure import Figure
 from torch import distributed, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, utils
@@ -64,9 +64,9 @@ from tqdm import tqdm
 # 1. The method -----------------------------------------------------------------------------------
 # A teacher is anything that can be called as u(x, t, y) and returns a velocity. The student learns
 # its flow map with two losses: prediction compares v_G with u, correction compares v_N with u.
-# Why from noise alone: z ~ N(0, I) is the one distribution on which teacher and student agree by
-# construction. Other methods start from noised data, but a guided or imperfect teacher passes
-# through other states, where the student would never be trained (the teacher-data mismatch).
+# Why from noise alone: at t = 1 noised data and the teacher's states are both N(0, I). At other t a
+# guided or imperfect teacher passes through states that noised data rarely reach. Methods that
+# start from noised data hardly train the student there (the teacher-data mismatch).
 
 
 def expand(v):
@@ -134,18 +134,15 @@ def solve_ode(u, z, steps, method="heun", y=None, return_path=False, t=1.0, leng
 def guided(teacher, guidance, interval=(0.0, 1.0)):
     """Classifier-free guidance: u_gamma = gamma u(.|y) + (1 - gamma) u(.|null), another teacher.
     guidance: the strength gamma, (B,) or (1,); it is 1 for t outside of the interval. None: the
-    teacher itself. The network is called once, with twice the batch: labelled and null."""
+    teacher itself."""
     if guidance is None:
         return teacher
 
     def u(x, t, y=None):
-        if y is None:
-            return teacher(x, t)  # y is null: both velocities are the same
-        t, y = t.expand(len(x)), y.expand(len(x))
-        both = torch.cat([y, torch.full_like(y, teacher.num_classes)])
-        labelled, null = teacher(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        inner = t.clamp(0, 1)  # a solver's last t may be rounded to a little less than 0
-        is_inside = (interval[0] <= inner) & (inner <= interval[1])
+        labelled = teacher(x, t, y)
+        null = teacher(x, t)
+        # 1e-6: the t of a solver is rounded, its last may be a little less than 0.
+        is_inside = (interval[0] - 1e-6 <= t) & (t <= interval[1] + 1e-6)
         gamma = torch.where(is_inside, guidance, 1.0)
         return null + expand(gamma) * (labelled - null)
 
@@ -158,8 +155,8 @@ def mean_square(D):
 
 
 # Why no_grad, the paper's stop-gradient sg: [8] is regression, and its target F - D_G is computed
-# anew at every step. Without sg the loss could also fall in a wrong way, by moving f to where u
-# happens to be near v_G. And it would need a second derivative of F and a derivative of u.
+# anew at every step. u(f) is held constant, or the loss could fall in a wrong way, by moving f to
+# where u happens to be near v_G. dF/ddelta is held constant to save a second derivative.
 @torch.no_grad()  # a forward-mode jvp does not need autograd
 def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp", spacing=0.005,
                         F=None):
@@ -175,8 +172,8 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
 
     The price of evaluating u at f: while f is wrong, this is a wrong place, and errors compound.
     Between modes paths part, and a small early D_G can end as a large error; inside of a mode
-    errors mostly shrink. The error e = f - phi obeys de/ddelta = D_G + u(f) - u(phi). With its
-    growth rate L = <e, u(f) - u(phi)> / ||e||^2, above 0 between modes, this gives (Gronwall)
+    errors mostly shrink. The error e = f - phi obeys de/ddelta = D_G + u(f) - u(phi). u alone makes
+    it grow at the rate L = <e, u(f) - u(phi)> / ||e||^2, above 0 between modes. So (Gronwall)
         ||e|| at delta = 1 <= integral over delta of ||D_G|| exp(integral of L from delta to 1).
     """
     if F is None:
@@ -186,7 +183,8 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     # its derivative is total: the partial one, plus that of F with respect to x_t times dx_t/dt.
     if form == "jvp":
         delta = delta.contiguous()  # jvp refuses an expanded tensor
-        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode derivative
+        # The kernel: fused attention has no forward-mode derivative.
+        with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
             _, dF = torch.func.jvp(
                 lambda d: student.F(z, d, y, guidance), (delta,), (torch.ones_like(delta),))
     elif form == "difference":
@@ -204,7 +202,7 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
 
 @torch.no_grad()  # sg, as above
 def correction_gradient(v_N, u, x_r, r, y=None):
-    """Correct: D_N = v_N - u(x_r, r) [11]. Returns a constant (B, C, H, W).
+    """Correct: D_N = v_N - u(x_r, r) of [11]. Returns a constant (B, C, H, W).
 
     v_N: values of E[x - n | x_r] for the student's samples x, noised: x_r = (1 - r) x + r n.
 
@@ -212,8 +210,8 @@ def correction_gradient(v_N, u, x_r, r, y=None):
     place of a path, D_N the distributions in which all paths end.
 
     Why the loss F(z, 1) . D_N, with D_N constant, descends a KL divergence:
-    1. The gradient of KL(student's x_r || teacher's x_r) is E[(dx_r/dtheta)^T (student's score -
-       teacher's score)] [10]. (The student's log p changes too, but E[dlog p/dtheta] = 0.)
+    1. The gradient of KL(student's x_r || teacher's x_r) [10] is E[(dx_r/dtheta)^T (student's score
+       - teacher's score)]. (The student's log p changes too, but E[dlog p/dtheta] = 0.)
     2. A score, the gradient of log p, is -E[n | x_r] / r (Tweedie), and n = x_r - (1 - r) (x - n).
        With v = E[x - n | x_r] it is ((1 - r) v - x_r) / r. So the scores differ by (1 - r) / r D_N.
     3. x = z + F(z, 1), so dx_r/dtheta = (1 - r) dF/dtheta.
@@ -224,21 +222,22 @@ def correction_gradient(v_N, u, x_r, r, y=None):
     (1 - gamma) u(.|null) is not a conditional mean, and networks have errors. Take the samples of
     u's own ODE, noise them, compute E[x - n | x_r]: it is not exactly u. The KL is approximate.
     """
-    return v_N - u(x_r, r, y)  # [11]
+    return v_N - u(x_r, r, y)  # D_N of [11]
 
 
-EPS = 1e-3  # keeps decay and lambda from dividing by zero; the paper's value is not known to us
+EPS = 1e-3  # the paper's value is not known to us
 
 
 def decay(D, k):
-    """D / (||D||^2 / d + eps)^k, per sample: the adaptive weight of MeanFlow (arXiv 2505.13447).
+    """D / (||D||^2 / d + eps)^k, per sample, as in MeanFlow (arXiv 2505.13447), there without / d.
 
     What k does: with k = 0 (squared residual) a few noises with large residuals dominate. With 1/2
-    all samples pull about equally, with 1 large residuals pull less. With prediction only it hardly
-    matters: the paper's FID (DiT-B/2) is about 12 for each k. With the correction the FID is 43.5
-    for k = 0, 10.6 for 1/2 and 5.6 for 1. The reason: where residuals are large, the losses
-    disagree. Prediction pulls a sample to the end of its own path, correction to a mode that is
-    near. With k = 0 both pull hard there, with k = 1 the correction decides.
+    all samples pull about equally, with 1 large residuals pull less. But far below sqrt(eps) = 0.03
+    residuals are divided by a constant, whatever k is. The paper's FID (DiT-B/2) is about 12 for
+    each k without correction; with it 43.5 for k = 0, 10.6 for 1/2 and 5.6 for 1. A likely reason:
+    where residuals are large the losses disagree, and there decay damps the prediction. In this
+    file k also sets the balance: lambda follows the undecayed D_G, so with a larger k the
+    correction is a smaller part of the gradient.
     """
     return D / expand((mean_square(D) + EPS) ** k)
 
@@ -249,9 +248,9 @@ class Distiller(nn.Module):
 
     network: a velocity network, read as the student's F; critic: another, which learns v_N. Both
     start as copies of the teacher: as the student learns, v_N comes near u.
-    teacher: u(x, t, y), never changed. config: a Config. The paper has prediction "jvp", decay
-    k = 1, alpha = 1, r_location 0.8 and correction_share 1/4. Each loss is a mean over its own
-    rows, so the share is not a weight: it says how many rows estimate each.
+    teacher: u(x, t, y), never changed. config: a Config. The paper has a derivative by jvp or
+    difference, decay k = 1, alpha from 0.3 to 3, r_location 0.8 and correction_share 1/4. Each loss
+    is a mean over its own rows, so the share is no weight: it says how many rows estimate each.
 
     Why the correction has its own guidance interval: with a guided u, D_N moves even a perfect
     student (see correction_gradient), on digits to more guidance than asked for; with an unguided u
@@ -263,12 +262,11 @@ class Distiller(nn.Module):
         super().__init__()
         self.network, self.critic, self.teacher = network, critic, teacher
         self.config = config
-        self.student = FlowMap(network)  # the same weights, read as F
         self.ema_student = None  # TrainState sets it for ema_target: a FlowMap of averaged weights
 
     def forward(self, z_G, y_G, delta, z_N, y_N, r, n, guidance_G=None, guidance_N=None, h=None):
         """Rows _G (generating) predict, rows _N (noising) correct. Returns loss and metrics."""
-        config, student, loss, metrics = self.config, self.student, 0.0, {}
+        config, student, loss, metrics = self.config, FlowMap(self.network), 0.0, {}
         if len(z_G):  # Predict
             u = guided(self.teacher, guidance_G, config.guidance_interval)
             F = student.F(z_G, delta, y_G, guidance_G)
@@ -280,7 +278,7 @@ class Distiller(nn.Module):
             metrics["prediction"] = mean_square(D_G).mean()
             # Why F * sg(D): its gradient is (dF/dtheta)^T D, that of 1/2 ||F - sg(F - D)||^2 [8],
             # and D can be decayed first. The value, of either sign, means nothing: watch ||D_G||^2.
-            loss = (F * decay(D_G, config.decay)).mean()  # [8]; its gradient is [9], decayed
+            loss = (F * decay(D_G, config.decay)).mean()  # its gradient is [9], decayed
         if len(z_N):  # Correct, at delta = 1: the paper found no gain at other delta
             u = guided(self.teacher, guidance_N, config.correction_interval)
             F = student.F(z_N, torch.ones_like(r), y_N, guidance_N)
@@ -300,8 +298,8 @@ class Distiller(nn.Module):
                 norm_G = mean_over_processes(mean_square(D_G).sqrt().mean())
                 norm_N = mean_over_processes(mean_square(D_N).sqrt().mean())
                 lambda_ = config.alpha * norm_G / (norm_N + EPS)
-            # D_N is not decayed: with a factor that depends on x_r it is not the gradient of a KL.
-            loss = loss + lambda_ * (F * D_N).mean()  # its gradient is [10]
+            # D_N is not decayed: a factor that depends on x_r would not descend a KL.
+            loss = loss + lambda_ * (F * D_N).mean()  # its gradient is [11]
             loss = loss + critic_loss  # trains the critic alone, since x is detached
             metrics |= {"correction": mean_square(D_N).mean(), "critic": critic_loss,
                         "lambda": torch.as_tensor(lambda_, device=r.device)}
@@ -325,8 +323,8 @@ class Distiller(nn.Module):
                 strength = torch.rand(count, generator=g)
                 batch[f"guidance_{side}"] = 1 + (config.guidance_max - 1) * strength
         # Stratified: each row draws U in a part of (0, 1] of its own. A delta_scale above 1 is for
-        # form solver: many rows then have delta = 1, where its residual is the error of the sample
-        # f(z, 1). (That of jvp or difference is only the error of the velocity there.)
+        # form solver: many rows then have delta = 1, where it compares the sample f(z, 1) with the
+        # end of a solve. (The residual of jvp or difference is only an error of velocity there.)
         U = 1 - (torch.arange(predict) + torch.rand(predict, generator=g)) / predict
         batch["delta"] = (config.delta_scale * U).clamp(1e-3, 1)  # solver divides by delta
         if config.prediction == "solver":
@@ -347,12 +345,12 @@ class Distiller(nn.Module):
         to delta, where it ends at `end`, and the result is (f(z, delta) - end) / delta. Rows with
         delta = h start at z: they learn the teacher's own path.
 
-        For a short h it is [9] times h / delta: f(delta) is f(delta - h) + h v_G, and end is
+        For a short h it is about D_G h / delta: f(delta) is about f(delta - h) + h v_G, and end
         f(delta - h) + h u. With ema_target averaged weights jump, for a less noisy target. This
         adds (f - f_ema) / delta, both at delta - h, which does not shrink with h. So h must be
         long, or the student would mostly follow its own average.
         """
-        start = (self.ema_student or self.student).f(z, delta - h, y, guidance)
+        start = (self.ema_student or FlowMap(self.network)).f(z, delta - h, y, guidance)
         end = solve_ode(u, start, self.config.solver_steps, "rk4", y, t=1 - delta + h, length=h)
         return F - (end - z) / expand(delta)  # (f - end) / delta
 
@@ -436,8 +434,8 @@ class FlowMatching(nn.Module):
 
 
 class Embedder(nn.Module):
-    """A number per sample, (B,) -> (B, E): cosines and sines, then a small MLP. DiT multiplies t by
-    1000, this file does not: the faster the waves, the larger the errors of dF/ddelta."""
+    """A number per sample, (B,) -> (B, E): cosines and sines, then a small MLP. DiT's t runs from 0
+    to 999. Here it is 0 to 1, as in SiT: the faster the waves, the larger errors of dF/ddelta."""
 
     def __init__(self, E):
         super().__init__()
@@ -446,7 +444,7 @@ class Embedder(nn.Module):
     def forward(self, v):
         frequencies = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=v.device))
         angle = v[:, None] * frequencies  # (B, 128)
-        # Kept in float32: in bfloat16, embedders and last layer cause a third of D_G's error.
+        # Kept in float32: in bfloat16, embedders and last layer cause much of D_G's error.
         with torch.autocast(v.device.type, enabled=False):
             return self.mlp(torch.cat([angle.cos(), angle.sin()], 1))
 
@@ -524,23 +522,16 @@ class DiT(nn.Module):
             elif parameter.ndim == 2:
                 nn.init.xavier_uniform_(parameter)
 
-    @classmethod
-    def from_tensors(cls, settings, tensors):
-        """A network with these tensors, in float32. Raises RuntimeError if they do not fit."""
-        with torch.device("meta"):  # without drawing random weights first: XL is large
-            network = cls(**settings)
-        network.load_state_dict({k: v.float().clone() for k, v in tensors.items()}, assign=True)
-        return network
-
-    @classmethod
-    def from_teacher(cls, teacher, guidance=False):
+    @staticmethod
+    def from_teacher(teacher, guidance=False):
         """A copy of the teacher. An input for guidance changes nothing yet: its last layer is 0."""
-        tensors = teacher.state_dict()
-        if guidance and not teacher.settings["guidance"]:
-            for name, v in teacher.t_embedder.state_dict().items():
-                is_last = name.startswith("mlp.2")
-                tensors[f"guidance_embedder.{name}"] = torch.zeros_like(v) if is_last else v
-        return cls.from_tensors({**teacher.settings, "guidance": guidance}, tensors)
+        network = copy.deepcopy(teacher)
+        if guidance and network.guidance_embedder is None:
+            network.settings["guidance"] = True
+            network.guidance_embedder = copy.deepcopy(network.t_embedder)
+            for parameter in network.guidance_embedder.mlp[2].parameters():
+                nn.init.zeros_(parameter)
+        return network
 
     def forward(self, x, t, y=None, guidance=None):
         """x (B, C, H, W); t (B,) or (1,) in [0, 1]; y: None is the null label; guidance: None is
@@ -553,10 +544,10 @@ class DiT(nn.Module):
             condition = condition + self.guidance_embedder(strength)
         elif guidance is not None:
             raise ValueError("this network has no input for guidance: give guidance_max above 1")
-        C, H, W = self.shape
+        B, C, H, W = x.shape
         p = self.settings["patch_size"]
-        patches = x.reshape(-1, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)
-        patches = patches.reshape(len(x), -1, C * p * p)  # (B, T, C p p), tokens row by row
+        patches = x.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)
+        patches = patches.reshape(B, -1, C * p * p)  # (B, T, C p p), tokens row by row
         proj = self.x_embedder.proj  # stored like a convolution, applied as a matrix
         x = nnf.linear(patches, proj.weight.flatten(1), proj.bias) + self.pos_embed  # (B, T, E)
         if self.fourier_embedder is not None:
@@ -570,7 +561,7 @@ class DiT(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             shift, scale = self.final_layer.adaLN_modulation(condition)[:, None].chunk(2, 2)
             x = self.final_layer.linear(modulate(x, shift, scale))  # (B, T, p p C)
-        return x.view(-1, H // p, W // p, p, p, C).permute(0, 5, 1, 3, 2, 4).reshape(-1, C, H, W)
+        return x.view(B, H // p, W // p, p, p, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, H, W)
 
 
 # 4. Data -----------------------------------------------------------------------------------------
@@ -590,7 +581,7 @@ def make_toy(name):
     grid = [x / 6 + 1j * y / 6 for x in range(6) for y in range(6)]  # fills a cell
     board = torch.tensor(cells)[:, None] + (torch.tensor(grid) + (1 + 1j) / 12)
     moon = 1.4 * circle(192)[:96] - (0.7 + 0.35j)  # half a circle; -moon is the other moon
-    part = ((torch.arange(96) + 0.5) / 96).sqrt()  # of an arm's length
+    part = ((torch.arange(96) + 0.5) / 96).sqrt()  # of an arm's radius: nearly even along the arm
     arm = torch.polar(2 * part, 6 * part)  # radius, angle
     means, blur = {
         "checkerboard": (board, 0.08),
@@ -699,7 +690,7 @@ class Config:
     # machine
     device: str = option(str(torch.accelerator.current_accelerator(True) or "cpu"), "cpu or cuda")
     precision: str = option("float32", "of training", choices=["float32", "bfloat16"])
-    micro_batch_size: int = option(0, "most samples a process holds at once; 0: no limit", 0)
+    micro_batches: int = option(1, "parts of a step, one after the other, to save memory", 1)
     activation_checkpointing: bool = option(False, "recompute activations to save memory")
     compile: bool = option(False, "torch.compile the networks")
     # results
@@ -718,8 +709,6 @@ class Config:
                 if not (low <= first <= last <= high and math.isfinite(last - first)):
                     raise UserError(f"{flag(f.name)} {value}: give numbers from {low} to {high}, "
                                     "of an interval the lower end first", 2)
-        self.corrections = round(self.batch_size * self.correction_share)  # rows that correct
-        self.is_guided = self.guidance_max > 1  # then the strength is an input of the student
         if 0 < self.correction_share < 1 and self.corrections in (0, self.batch_size):
             raise UserError("--batch-size: too small for this --correction-share", 2)
         if self.is_guided and not (self.label_dropout or self.teacher):
@@ -732,6 +721,16 @@ class Config:
             raise UserError("--prediction difference, --exact-teacher: give --precision float32", 2)
         if self.guidance > self.guidance_max:
             raise UserError(f"--guidance: the student is trained for 1 to {self.guidance_max}", 2)
+
+    @property
+    def corrections(self):
+        """Rows of a batch that correct."""
+        return round(self.batch_size * self.correction_share)
+
+    @property
+    def is_guided(self):
+        """Whether the strength of guidance is an input of the student."""
+        return self.guidance_max > 1
 
 
 # The defaults of Config, then PRESETS (what a data set needs), RECIPES (which algorithm), QUICK
@@ -782,7 +781,9 @@ RANK = int(LAUNCH.get("RANK", 0))  # process 0 of WORLD writes the files
 WORLD = int(LAUNCH.get("WORLD_SIZE", 1))
 LOG_INTERVAL = 50  # steps between lines of the log
 CHECKPOINT_INTERVAL = 500
-SHOWN = ("flow_matching", "prediction", "correction", "endpoint_error")  # beside the progress bar
+SHOWN = {"flow_matching": "teacher: flow matching loss",  # beside the progress bar, and as curves
+         "prediction": "student: ||D_G||² / d", "correction": "critic: ||D_N||² / d",
+         "endpoint_error": "student: endpoint error"}
 
 
 TEACHER, STUDENT, WEIGHTS, EVALUATION, SAMPLING = range(5)  # streams of random numbers
@@ -801,18 +802,6 @@ def mean_over_processes(v):
     if WORLD > 1:
         distributed.all_reduce(v)
     return v / WORLD
-
-
-def count_micro_batches(config, *sizes):
-    """Micro-batches of a process. sizes: rows to be split. Raises UserError if they would be of
-    unequal length: then the mean of their losses would not be the loss of the batch. (Nor is it
-    quite with equal ones: each has a lambda of its own.)"""
-    share = config.batch_size / WORLD
-    count = math.ceil(share / (config.micro_batch_size or share))
-    if any(size % (WORLD * count) for size in sizes):
-        raise UserError(f"{' + '.join(map(str, sizes))} samples do not split evenly into {WORLD} "
-                        f"processes x {count}: change --batch-size or --micro-batch-size", 2)
-    return count
 
 
 def device_of(network):
@@ -841,32 +830,29 @@ class TrainState:
         trained = {"model": module.network}
         if getattr(module, "critic", None):
             trained["critic"] = module.critic
-        self.peaks = [config.learning_rate, config.critic_learning_rate]  # of trained, in order
         # requires_grad_: a copy of another state's average is frozen.
         groups = [{"params": list(v.requires_grad_().parameters())} for v in trained.values()]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.parts = {**trained, "ema": self.ema, "optimizer": self.optimizer}  # of a checkpoint
-        if config.ema_target:
-            module.ema_student = FlowMap(self.ema)
-        for network in [*module.modules(), self.ema]:  # student, critic, teacher, average
-            if isinstance(network, DiT):
-                network.activation_checkpointing = config.activation_checkpointing
-                if config.compile:
-                    network.compile()
+        for network in [*module.children(), self.ema]:  # student, critic, teacher, average
+            network.activation_checkpointing = config.activation_checkpointing
+            if config.compile:
+                network.compile()
 
     def update(self, loss):
         """One step of the weights and of their average, unless loss or gradients are not finite.
-        The learning rate rises linearly, then falls linearly to 0."""
-        groups = self.optimizer.param_groups
+        The learning rate is the peak times a linear rise times a linear fall to 0."""
+        config, groups = self.config, self.optimizer.param_groups
         norms = [nn.utils.clip_grad_norm_(group["params"], self.CLIP) for group in groups]
         is_finite = torch.stack([loss, *norms]).isfinite().all().item()
         if is_finite:
             rise = min(1, (self.step + 1) / self.WARMUP)
-            for group, peak in zip(groups, self.peaks):
-                group["lr"] = peak * rise * (1 - self.step / self.config.steps)
+            peaks = config.learning_rate, config.critic_learning_rate
+            for group, peak in zip(groups, peaks):
+                group["lr"] = peak * rise * (1 - self.step / config.steps)
             self.optimizer.step()
             # A short average at first: early weights are far from where they will be.
-            kept = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+            kept = min(config.ema_decay, (1 + self.step) / (10 + self.step))
             with torch.no_grad():
                 torch._foreach_lerp_(list(self.ema.parameters()), groups[0]["params"], 1 - kept)
         self.optimizer.zero_grad()
@@ -891,18 +877,23 @@ def train(module, config, state=None):
 
     module.draw(step) -> {name: tensor with one row a sample}; module(**batch) -> scalar loss, dict
     of scalar tensors. A generator: yields (step, metrics, state) after every step, from 1 on;
-    state.ema is the averaged network. Losses, gradients and metrics are means over processes and
-    micro-batches. A step that is not finite is skipped; ten consecutive ones raise UserError.
+    state.ema is the averaged network. state: that of an earlier train of this module, to go on.
+    Losses, gradients and metrics are means over processes and micro-batches, whose rows must be as
+    many. (Each has a lambda of its own.) A step that is not finite is skipped; ten consecutive ones
+    raise UserError.
     """
     state = state or TrainState(module, config)
+    state.config = config
+    if config.ema_target:
+        module.ema_student = FlowMap(state.ema)
     device = device_of(module.network)
     # Why DDP wraps the loss, not a network: it synchronises gradients of what its own forward
     # computes. The loss calls module.network itself and would bypass a DDP around it, silently:
     # each process would then train on its own rows only.
     parallel = nn.parallel.DistributedDataParallel(module) if WORLD > 1 else module
+    count = config.micro_batches
     while state.step < config.steps:
         batch, sums = module.draw(state.step), []
-        count = count_micro_batches(config, *{len(v) for v in batch.values()})
         for i in range(count):
             # delta is ordered, so a part takes every n-th row, not n consecutive ones.
             rows = slice(RANK * count + i, None, WORLD * count)
@@ -916,10 +907,8 @@ def train(module, config, state=None):
         loss, *means = mean_over_processes(torch.stack(sums).mean(0))
         state.update(loss)
         if state.skipped == 10:
-            advice = "lower the learning rate; the same command continues from the last checkpoint"
-            if not all(v.isfinite().all() for v in batch.values()):
-                advice = "the data holds numbers that are not finite, remove them"
-            raise UserError(f"step {state.step}: ten consecutive steps are not finite: {advice}")
+            raise UserError(f"step {state.step}: ten consecutive steps are not finite: lower the "
+                            "learning rate; the same command continues from the last checkpoint")
         metrics = {**dict(zip(metrics, means)), "skipped": torch.tensor(float(state.skipped > 0))}
         yield state.step, metrics, state
 
@@ -930,11 +919,11 @@ PATH_STEPS = 32  # RK4 steps to the teacher's endpoints; large sets of samples t
 SET_STEPS = 8
 
 
-def in_batches(f, z, y, dim=0):
+def in_batches(f, z, y):
     """f(z, y), computed for a part of the rows at a time: memory stays small. y: (B,) or (1,)."""
     rows = max(1, min(4000, 2**17 // z[0].numel()))
     parts = zip(z.split(rows), y.expand(len(z)).split(rows))
-    return torch.cat([f(*part) for part in parts], dim)
+    return torch.cat([f(*part) for part in parts])
 
 
 def draw_noise(network, N, g=None):
@@ -965,7 +954,8 @@ def search_noise(student, reward, N, y=None, guidance=None, generator=None, keep
     reward: (N, C, H, W) -> (N,). The paper's inference-time scaling: a noise costs one evaluation,
     and from the noises that are found the teacher draws nearly the same samples."""
     z = draw_noise(student.network, N, generator)
-    return z[reward(jump(student, z, y, guidance)).topk(keep).indices]
+    rewards = reward(jump(student, z, y, guidance)).view(N)
+    return z[rewards.topk(keep).indices]
 
 
 def relative_error(found, truth, reference=None):
@@ -977,10 +967,8 @@ def relative_error(found, truth, reference=None):
 
 def sliced_w2(a, b, count=128):
     """Sliced 2-Wasserstein distance of two sets (N, ...): root mean square, over `count` fixed
-    directions, of the distance between sorted projections. Raises ValueError for unequal shapes.
+    directions, of the distance between sorted projections. Raises RuntimeError for unequal shapes.
     Two sets of one distribution are not 0 apart: their distance is the floor to compare with."""
-    if a.shape != b.shape:
-        raise ValueError(f"sliced_w2 needs one shape, not {tuple(a.shape)} and {tuple(b.shape)}")
     directions = nnf.normalize(torch.randn(a[0].numel(), count, generator=generator(0)), dim=0)
     a, b = ((v.flatten(1) @ directions.to(v)).sort(0).values for v in (a, b))
     return (a - b).square().mean().sqrt().item()
@@ -1003,7 +991,7 @@ def endpoint_score(teacher, network, config):
     y, strength = conditions(network, config, N)
     u = guided(teacher, strength, config.guidance_interval)
     z = draw_noise(network, N, generator(config.seed, EVALUATION, 0))
-    phi = in_batches(lambda z, y: solve_ode(u, z, PATH_STEPS, "rk4", y), z, y)
+    phi = solve_ode(u, z, PATH_STEPS, "rk4", y)
     return lambda network: relative_error(jump(FlowMap(network), z, y, strength), phi)
 
 
@@ -1017,9 +1005,8 @@ def evaluate(student, teacher, data, config, out, log):
     u = guided(teacher, strength, config.guidance_interval)
     z, other_z = draw_noise(network, 2 * N, generator(config.seed, EVALUATION, 1)).chunk(2)
     few = slice(max(128, 2000 // math.prod(network.shape)))
-    path = in_batches(lambda z, y: solve_ode(u, z, PATH_STEPS, "rk4", y, True), z[few], y[few], 1)
-    jumps = in_batches(lambda z, y: student_path(student, z, PATH_STEPS, y, strength),
-                       z[few], y[few], 1)
+    path = solve_ode(u, z[few], PATH_STEPS, "rk4", y[few], return_path=True)
+    jumps = student_path(student, z[few], PATH_STEPS, y[few], strength)
     errors = [relative_error(a, b, path[-1]) for a, b in zip(jumps, path)]
     sets = {"teacher": in_batches(lambda z, y: solve_ode(u, z, SET_STEPS, "rk4", y), z, y),
             "student": in_batches(lambda z, y: jump(student, z, y, strength), z, y)}
@@ -1084,8 +1071,8 @@ def draw_set(axis, x, name, columns=6):
         axis.scatter(*plane(x), s=3, linewidths=0, alpha=0.6, color=COLORS.get(name))
         return
     picture = utils.make_grid(x[: columns**2].cpu(), columns, padding=1, pad_value=1).clamp(-1, 1)
-    axis.imshow(picture.permute(1, 2, 0).numpy() / 2 + 0.5, interpolation="nearest")
     height, width = picture.shape[1:]
+    axis.imshow(picture.permute(1, 2, 0).numpy() / 2 + 0.5, extent=(0, width, height, 0))
     axis.set(xlim=(0, width), ylim=(height, 0), box_aspect=height / width)
 
 
@@ -1139,15 +1126,11 @@ def plot_error(curves, title="Distance from student to teacher along the path"):
 
 def plot_losses(log):
     """The teacher's loss, the student's residuals and endpoint error, from the lines of a log."""
-    curves = {"flow_matching": ("teacher", "flow matching loss", "linear"),
-              "prediction": ("student", "||D_G||² / d", "log"),
-              "correction": ("critic", "||D_N||² / d", "log"),
-              "endpoint_error": ("student", "endpoint error", "log")}
     figure = Figure((16, 3.6), layout="constrained")
-    for axis, (name, (who, what, scale)) in zip(figure.subplots(1, 4), curves.items()):
+    for axis, (name, title) in zip(figure.subplots(1, len(SHOWN)), SHOWN.items()):
         points = [(line["step"], line[name]) for line in log if name in line]
-        axis.plot(*np.array(points).reshape(-1, 2).T, color=COLORS[who])
-        axis.set(title=f"{who}: {what}", xlabel="step", yscale=scale)
+        axis.plot(*np.array(points).reshape(-1, 2).T, color=COLORS[title.split(":")[0]])
+        axis.set(title=title, xlabel="step", yscale="log")
     return figure
 
 
@@ -1171,8 +1154,7 @@ def save_pictures(network, metrics, sets, path, jumps, out):
     """All pictures of a run, from what evaluate measures."""
     titles = {"teacher": f"teacher, {metrics['teacher_nfe']} evaluations",
               "student": "student, 1 evaluation"}
-    several = max(40, 8000 // math.prod(network.shape))
-    shown = {name: to_view(x[:several], network) for name, x in sets.items()}
+    shown = {name: to_view(x[:4000], network) for name, x in sets.items()}
     path, jumps = (torch.stack([to_view(x, network) for x in states]) for states in (path, jumps))
     plot = plot_paths if path.shape[-1] == 1 else plot_filmstrip
     plot_samples(shown, titles).savefig(out / "comparison.png", dpi=110)
@@ -1198,13 +1180,10 @@ def explained(advice):
 
 def save(path, write):
     """Call write(file). The file at `path` is then replaced as a whole, or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with explained("free some space, or give another --out"), open(part, "wb") as file:
-            write(file)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    part = path.with_name(f"{path.name}.part")  # left over if the disk is full, never read
+    with explained("free some space, or give another --out"), open(part, "wb") as file:
+        write(file)
+    os.replace(part, path)
 
 
 def load_points(path):
@@ -1212,10 +1191,9 @@ def load_points(path):
     any scale: each coordinate is standardised, and samples are mapped back. Raises UserError."""
     with explained(f"--toy {path}: give one of {TOYS} or FILE.npy, N x 2 finite numbers that vary"):
         points = np.load(path, allow_pickle=False).astype(np.float64)
-        scale = points.std(0)
-        vary = np.isfinite(scale) & (np.ptp(points, 0) > 0)  # of equal numbers std may be 1e-15
-        if points.shape[1:] != (2,) or not vary.all():
-            raise ValueError(f"shape {points.shape}, {vary.sum()} columns are finite and vary")
+        scale = points.std(0)  # of equal numbers it may be 1e-15, so ptp tells whether they vary
+        if points.shape[1:] != (2,) or not np.isfinite(scale).all() or not np.ptp(points, 0).all():
+            raise ValueError(f"shape {points.shape}, standard deviations {scale}")
     means = torch.as_tensor((points - points.mean(0)) / scale, dtype=torch.float32)
     labels = torch.zeros(len(means), dtype=torch.int64)
     return GaussianMixture(means, 0.05, labels, 0, points.mean(0).tolist(), scale.tolist())
@@ -1260,16 +1238,16 @@ def open_data(config):
 def load_network(path, kind, device="cpu", teacher_format="", num_heads=0):
     """The averaged network of a checkpoint, frozen, and the checkpoint. Raises UserError."""
     with explained(f"{path} cannot be used as a {kind}"):
-        with torch.serialization.safe_globals([argparse.Namespace]):  # settings of SiT and REPA
-            file = torch.load(path, "cpu", weights_only=True)
+        torch.serialization.add_safe_globals([argparse.Namespace])  # settings of SiT and REPA
+        file = torch.load(path, "cpu", weights_only=True)
         if kind == "teacher" and "kind" not in file:
             file = read_public(file, teacher_format, num_heads)
         if file.get("kind", kind) != kind:
             raise ValueError(f"it is a {file['kind']}")
-        if not all(v.isfinite().all() for v in file["ema"].values()):
-            raise ValueError("its weights are not all finite")
-        network = DiT.from_tensors(file["network"], file["ema"]).to(device).requires_grad_(False)
-    return network, file
+        with torch.device("meta"):  # without drawing random weights first: XL is large
+            network = DiT(**file["network"])
+        network.load_state_dict({k: v.float() for k, v in file["ema"].items()}, assign=True)
+    return network.to(device).requires_grad_(False), file
 
 
 def load_teacher(path, device="cpu", teacher_format="", num_heads=0):
@@ -1285,16 +1263,16 @@ def load_student(path, device="cpu"):
 
 # Public teachers. SiT (arXiv 2401.08740) and REPA (arXiv 2410.06940) are DiTs with the same names.
 # What differs is folded into their weights: u(x, t) = SiT(x, 1 - t) = -REPA(x, t).
-WEIGHTS_IN = ("ema", "model_ema", "ema_model", "ema_state_dict", "shadow",  # averages come first
-              "model", "state_dict", "model_state_dict")
+WEIGHTS_IN = re.compile("shadow|model|state_dict|model_state_dict|.*ema.*")  # names in their files
 
 
 def unwrap(file):
     """Returns a training script's tensors, the keys that lead to them, and its settings."""
     keys, tensors = [], file
-    while nested := [k for k in WEIGHTS_IN if isinstance(tensors.get(k), dict)]:
-        keys.append(nested[0])
-        tensors = tensors[nested[0]]
+    while nested := [k for k, v in tensors.items()
+                     if WEIGHTS_IN.fullmatch(k) and isinstance(v, dict)]:
+        keys.append(min(nested, key=lambda k: "ema" not in k))  # averages come first
+        tensors = tensors[keys[-1]]
     prefix = re.compile(r"^((module|_orig_mod|model)\.)+")  # of DDP, torch.compile and others
     tensors = {prefix.sub("", name): v for name, v in tensors.items()}
     args = file.get("args", {})
@@ -1304,21 +1282,19 @@ def unwrap(file):
 
 def find_format(tensors, settings, told=""):
     """"SiT" or "REPA". The user, settings of the training and tensors may each tell. Raises
-    ValueError if they disagree or none tells, and for another kind of model."""
+    ValueError if they disagree or none tells, and for another kind of training."""
     prediction, path_type = settings.get("prediction", ""), settings.get("path_type", "")
-    model = str(settings.get("model", ""))
-    if (prediction not in ("", "velocity", "v") or path_type not in ("", "linear", "Linear")
-            or model.startswith("DiT")):
-        raise ValueError(f"{prediction=}, {path_type=}, {model=}: give velocity of linear paths")
-    _, C, p, _ = tensors["x_embedder.proj.weight"].shape
+    if prediction not in ("", "velocity", "v") or path_type not in ("", "linear", "Linear"):
+        raise ValueError(f"{prediction=}, {path_type=}: give a velocity of linear paths")
     # SiT has twice the output channels, of which the second half is unused. REPA has projectors.
-    sit = [told == "sit", prediction == "velocity",
-           len(tensors["final_layer.linear.bias"]) == 2 * C * p * p]
-    repa = [told == "repa", prediction == "v",
-            any(name.startswith(("projectors.", "decoder_blocks.")) for name in tensors)]
-    if any(sit) == any(repa):
+    _, C, p, _ = tensors["x_embedder.proj.weight"].shape
+    has_twice = len(tensors["final_layer.linear.bias"]) == 2 * C * p * p
+    has_projectors = any(name.startswith(("projectors.", "decoder_blocks.")) for name in tensors)
+    is_sit = told == "sit" or prediction == "velocity" or has_twice
+    is_repa = told == "repa" or prediction == "v" or has_projectors
+    if is_sit == is_repa:
         raise ValueError("marks of both SiT and REPA, or of none: give the right --teacher-format")
-    return "SiT" if any(sit) else "REPA"
+    return "SiT" if is_sit else "REPA"
 
 
 def read_public(file, teacher_format="", num_heads=0):
@@ -1456,6 +1432,8 @@ def run_stage(kind, module, config, out, score=None):
             bar.close()
             raise UserError(f"interrupted: {path} holds step {step}, the same command continues")
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if interrupts:  # during the last step
+        raise KeyboardInterrupt
     return state.ema, state.log
 
 
@@ -1483,7 +1461,7 @@ def make_parser():
 MAY_CHANGE = {
     "recipe", "quick", "stage", "out", "debug", "data", "teacher", "student", "trust_teacher",
     "guidance", "learning_rate", "teacher_learning_rate", "critic_learning_rate", "device",
-    "compile", "micro_batch_size", "activation_checkpointing", "eval_samples", "samples",
+    "compile", "micro_batches", "activation_checkpointing", "eval_samples", "samples",
     "classes"}
 
 
@@ -1496,23 +1474,21 @@ def claim_folder(config, held, **sources):
     mine = json.loads(json.dumps({**mine, **sources}))  # as it comes back from the file
     for i in itertools.count(1):
         folder = Path(config.out or f"runs/{config.dataset}-{i}".removesuffix("-1"))
-        with explained(f"{folder} cannot be used: give another --out"):
-            folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / "lock", timeout=0)  # free again when its process dies
-        with contextlib.suppress(Timeout):
-            held.enter_context(lock)
+        advice = f"{folder} cannot be used, or another process uses it: give another --out"
         file = folder / "config.json"
-        theirs = json.loads(file.read_text()) if file.exists() else {}
-        if lock.is_locked and theirs in ({}, mine):  # nobody uses it, and it is new or ours
-            save(file, lambda part: part.write(json.dumps(mine, indent=1).encode()))
-            return folder
-        held.close()
-        if theirs == mine:
-            raise UserError(f"{folder} is in use by another process: wait, or give another --out")
+        with explained(advice):
+            theirs = dict(json.loads(file.read_text())) if file.exists() else mine
+        if theirs == mine:  # a new folder, or the same run
+            break
         if config.out:
             other = next(name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name))
             raise UserError(f"--out {folder} holds a run with {flag(other)} {theirs.get(other)}, "
                             f"not {mine.get(other)}: give another --out, or the same settings", 2)
+    with explained(advice):
+        folder.mkdir(parents=True, exist_ok=True)
+        held.enter_context(FileLock(folder / "lock", timeout=0))  # free when its process dies
+    save(file, lambda part: part.write(json.dumps(mine, indent=1).encode()))
+    return folder
 
 
 def new_network(data, config):
@@ -1535,8 +1511,8 @@ def open_teacher(given, device):
     if "format" in file and not given.get("trust_teacher"):
         check_teacher(network)
     if not file.get("has_null", True):
-        if given.get("guidance_max", 1) > 1:
-            raise UserError("--guidance-max: this teacher has no null label, remove this flag", 2)
+        if given.get("guidance_max", 1) > 1 or given.get("guidance", 1) > 1:
+            raise UserError("guidance: this teacher has no null label, remove these flags", 2)
         given.update(guidance_max=1.0, guidance=1.0, label_dropout=0.0)
     known = {"dataset": "imagenet", "toy": TOYS[0], **file.get("config", {}), **network.settings}
     for name in ("dataset", "toy", "hidden_size", "depth", "num_heads", "patch_size"):
@@ -1556,15 +1532,22 @@ def run_training(given, device):
     data = None
     if teacher is None or config.dataset == "toy2d":
         data = open_data(config)
-        x, _ = data.draw(64, generator(0))
-        sources["data"] = [x.double().sum().item(), len(data.labels), data.center, data.scale]
+        x, y = data.draw(64, generator(0))
+        place = {"center": data.center, "scale": data.scale}
+        if teacher and not place.items() <= teacher.settings.items():
+            raise UserError(f"--toy {config.toy}: these are not this teacher's points", 2)
+        sources["data"] = f"of sum {x.double().sum() + y.sum()}, {len(data.labels)} rows, {place}"
     network = teacher or new_network(data, config).to(device)
     sizes = {**network.settings, "guidance": config.is_guided}
     if start and (teacher is None or start.settings != sizes):
         raise UserError("--student: give its --teacher too, and its sizes and guidance", 2)
     if config.exact_teacher and not getattr(data, "has_density", False):
         raise UserError("--exact-teacher: only toys have one, with 2000 points at most", 2)
-    count_micro_batches(config, config.batch_size - config.corrections, config.corrections)
+    # Parts of unequal length would have a mean of losses that is not the loss of the batch.
+    parts = WORLD * config.micro_batches
+    if config.batch_size % parts or config.corrections % parts:
+        raise UserError(f"--batch-size {config.batch_size}, of which {config.corrections} correct, "
+                        f"does not split evenly: {WORLD} processes x {config.micro_batches}", 2)
     if config.dataset == "toy2d":  # more threads gain nothing on networks as small as these
         torch.set_num_threads(1)
     if config.precision == "bfloat16":  # fast products also of what stays float32
@@ -1622,8 +1605,6 @@ def run_sampling(given, device):
     x[mine] = in_batches(lambda z, y: jump(FlowMap(network), z, y, strength), z[mine], y[mine])
     if WORLD > 1:
         distributed.all_reduce(x)  # the other rows are zero
-    if not x.isfinite().all():
-        raise UserError(f"{out / 'student.pt'} draws samples that are not finite: train it again")
     if RANK > 0:
         return
     rows = x.cpu().permute(0, 2, 3, 1)
@@ -1632,8 +1613,7 @@ def run_sampling(given, device):
     elif config.dataset != "imagenet":
         rows = (127.5 * (rows + 1)).clamp(0, 255).to(torch.uint8)
     save(out / "samples.npz", lambda file: np.savez(file, rows.numpy(), y.cpu().numpy()))
-    shown = to_view(x[: max(40, 8000 // math.prod(network.shape))], network)
-    plot_samples({"student": shown}).savefig(out / "samples.png", dpi=110)
+    plot_samples({"student": to_view(x[:4000], network)}).savefig(out / "samples.png", dpi=110)
     print(f"{N} samples of step {file['step']} of {config.steps}: samples.npz and .png in {out}")
 
 
@@ -1663,7 +1643,7 @@ def main(argv=None):
         elif isinstance(e, KeyboardInterrupt):
             line = "interrupted: the same command continues"
         elif "memory" in str(e):
-            line = "out of memory: lower --micro-batch-size, or give --activation-checkpointing"
+            line = "out of memory: raise --micro-batches, or give --activation-checkpointing"
         if RANK == 0 or status == 1:
             print("fmd:", *line.split(), file=sys.stderr)
         return status

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections import OrderedDict
 from pathlib import Path
 
 import diffusers
@@ -162,15 +163,13 @@ def test_solver_has_its_order_and_number_of_evaluations(method, order, nfe):
             fmd.solve_ode(u, z, steps, name)
 
 
-def test_guidance_is_linear_inside_its_interval_and_one_call():
-    network, calls = small(), []
-    network.register_forward_hook(lambda _, inputs, out: calls.append(len(inputs[0])))
+def test_guidance_is_linear_inside_its_interval():
+    network = small()
     x, t = noise(6, 2, 1, 1), torch.from_numpy(np.array([0.0, 0.2, 0.5, 0.7, 0.71, 1.0]))
     y, gamma = torch.tensor([0, 1, 2, 0, 1, 3]), torch.tensor([2.0, 3, 4, 5, 6, 7]).double()
     label, null = network(x, t, y), network(x, t)
     g = column(torch.tensor([1.0, 3, 4, 5, 1, 1]).double())
     assert_close(fmd.guided(network, gamma, (0.2, 0.7))(x, t, y), g * label + (1 - g) * null)
-    assert calls == [6, 6, 12]
     one = fmd.guided(network, gamma[:1])(x, t[1:2], y[:1])  # one value for all
     assert_close(one, 2 * network(x, t[1:2], y[:1]) - network(x, t[1:2]))
     assert_close(fmd.guided(network, gamma)(x, t), null)
@@ -205,7 +204,7 @@ def expected_step(distiller, b):
         F = network(z, 1 - delta, y, gamma)
         f = z + column(delta) * F
         if c.prediction == "solver":
-            x = (distiller.ema_student or distiller.student).f(z, delta - h, y, gamma)
+            x = (distiller.ema_student or fmd.FlowMap(distiller.network)).f(z, delta - h, y, gamma)
             end = fmd.solve_ode(lambda x, t, y: u(x, t, y, gamma, c.guidance_interval), x,
                                 c.solver_steps, "rk4", y, t=1 - delta + h, length=h)
             D = (f - end) / column(delta)
@@ -547,8 +546,6 @@ def test_files_that_are_refused(tmp_path):
         ("'noise'", {"ema": file, "args": argparse.Namespace(prediction="noise")}, ""),
         ("'noise'", {"ema": file, "args": {"prediction": "noise"}}, ""),
         ("'VP'", {"ema": file, "path_type": "VP"}, ""),
-        ("'DiT-XL/2'", {"ema": file, "args": argparse.Namespace(model="DiT-XL/2")}, ""),
-        ("not all finite", {**file, fc2: file[fc2] * math.nan}, ""),
         ("both SiT and REPA", {**file, **PROJECTORS}, ""),
         ("right --teacher-format", file, "repa"),
         ("right --teacher-format", public_file(), ""),
@@ -636,6 +633,9 @@ def test_updates_by_hand(monkeypatch):
         assert step == state.step == k and metrics["skipped"] == 0
         assert state.ema.weight.grad_fn is None  # it holds on to no graph
     assert step == 12 and module.ema_student.network is state.ema
+    longer = dataclasses.replace(c, steps=14, learning_rate=0.3)  # it goes on, with its settings
+    *_, (step, _, state) = fmd.train(module, longer, state)
+    assert step == 14 and state.optimizer.param_groups[0]["lr"] == pytest.approx(0.3 / 14)
 
 
 def test_a_network_of_ones_own_is_distilled():
@@ -655,17 +655,17 @@ def test_a_network_of_ones_own_is_distilled():
     teacher, z = gaussian().float(), noise(500).float().view(-1, 2, 1, 1)[:250]
     module = fmd.Distiller(Own(), Own(), teacher, c)
     ends = fmd.solve_ode(teacher, z, 32, "rk4")
-    before = fmd.relative_error(fmd.jump(module.student, z), ends)
+    before = fmd.relative_error(fmd.jump(fmd.FlowMap(module.network), z), ends)
     for _, _, state in fmd.train(module, c):
         pass
     assert fmd.relative_error(fmd.jump(fmd.FlowMap(state.ema), z), ends) < 0.3 * before
 
 
-@pytest.mark.parametrize("of_data, advice", [(True, "data holds"), (False, "learning rate")])
-def test_steps_that_are_not_finite_are_skipped_and_ten_in_a_row_end_training(of_data, advice):
+@pytest.mark.parametrize("of_data", [True, False])
+def test_steps_that_are_not_finite_are_skipped_and_ten_in_a_row_end_training(of_data):
     bad = {k: (math.nan, math.inf)[k % 2] for k in (1, *range(3, 12), *range(13, 23))}
     module, weights, skipped = Quadratics(bad, of_data), [1.0], []
-    with pytest.raises(fmd.UserError, match="step 23: ten consecutive steps.*" + advice):
+    with pytest.raises(fmd.UserError, match="step 23: ten consecutive steps.*learning rate"):
         for _, metrics, state in fmd.train(module, fmd.Config(steps=40, learning_rate=0.1)):
             weights.append(module.network.weight.item())
             skipped.append(metrics["skipped"] == 1)
@@ -704,7 +704,7 @@ def some_steps(loss, **settings):
     return found[0], weights, metrics, seen
 
 
-CHANGES = [("micro_batch_size", 4, 1e-4), ("activation_checkpointing", True, 1e-6),
+CHANGES = [("micro_batches", 4, 1e-4), ("activation_checkpointing", True, 1e-6),
            ("compile", True, 1e-5), ("precision", "bfloat16", 0.05)]
 LOSSES = ["solver", "jvp", "difference", "teacher"]
 CASES = [(loss, *change) for loss in LOSSES for change in CHANGES
@@ -736,18 +736,10 @@ def test_how_a_step_is_computed_changes_rounding_only(loss, change, value, toler
         assert v.item() == pytest.approx(whole[2][name].item(), rel=10 * tolerance), name
     assert bool(graphs) == (change == "compile")
     assert (relative(found[0], whole[0]) > 1e-4) == (change == "precision")
-    if change == "micro_batch_size":  # every fourth row
+    if change == "micro_batches":  # every fourth row
         assert len(found[3]) == 4 * len(whole[3]) == 8
         for i, part in enumerate(found[3][:4]):
             assert all(torch.equal(v, whole[3][0][k][i::4]) for k, v in part.items())
-
-
-def test_batches_that_cannot_be_split_evenly_are_refused():
-    c = fmd.Config(batch_size=256, micro_batch_size=52)
-    assert fmd.count_micro_batches(c, 250, 5) == 5
-    with pytest.raises(fmd.UserError, match="192 . 64 samples.*1 processes x 5") as e:
-        fmd.count_micro_batches(c, 192, 64)
-    assert e.value.args[1] == 2
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -788,7 +780,7 @@ def test_errors_and_distances_by_hand():
     # the mean of (direction . v)^2 over directions of the plane is |v|^2 / 2
     assert fmd.sliced_w2(x, x + images([0.6, 0.8]), 2000) == pytest.approx(0.5**0.5, rel=0.03)
     assert fmd.sliced_w2(x, 3 * x) == pytest.approx(2, rel=0.05)
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(RuntimeError, match="size"):
         fmd.sliced_w2(x, x[:5])
 
 
@@ -804,8 +796,11 @@ def test_samples_paths_and_search_are_jumps_from_the_noise():
     assert_close(fmd.jump(student, z, *condition), expected)
     assert calls == [1, 1]
     best = expected[:, 1, 0, 0].argsort(descending=True)[:3]
-    found = fmd.search_noise(student, lambda x: x[:, 1, 0, 0], 20, *condition, g(), 3)
-    assert torch.equal(found, z[best])
+    for reward in (lambda x: x[:, 1, 0, 0]), (lambda x: x[:, 1]):  # (N,), (N, 1, 1)
+        found = fmd.search_noise(student, reward, 20, *condition, g(), 3)
+        assert torch.equal(found, z[best])
+    with pytest.raises(ValueError, match="unpack"):  # points (N, 2)
+        fmd.jump(student, z[:, :, 0, 0])
 
 
 def test_computing_in_parts_and_conditions():
@@ -813,11 +808,11 @@ def test_computing_in_parts_and_conditions():
 
     def f(z, y):
         sizes.append(len(z))
-        return torch.stack([z, z + column(y)])
+        return z + column(y)
 
-    assert torch.equal(fmd.in_batches(f, z, y, 1), f(z, y))
-    assert torch.equal(fmd.in_batches(f, z, y[7:8], 1), f(z, y[7:8]))
-    fmd.in_batches(f, torch.zeros(5, 4, 128, 128), y[:1], 1)
+    assert torch.equal(fmd.in_batches(f, z, y), f(z, y))
+    assert torch.equal(fmd.in_batches(f, z, y[7:8]), f(z, y[7:8]))
+    fmd.in_batches(f, torch.zeros(5, 4, 128, 128), y[:1])
     assert sizes == [4000, 4000, 1000, 9000] * 2 + [2, 2, 1]
     y, strength = fmd.conditions(network, fmd.Config(guidance_max=3.0, guidance=2.0), 5)
     assert y.tolist() == [0, 1, 2, 0, 1] and strength.tolist() == [2.0]
@@ -907,7 +902,7 @@ def test_the_folder_is_the_run(finished, tmp_path, monkeypatch, capsys):
     for flags in (["--alpha", "0.7"], ["--seed", "1"], ["--toy", "moons"], ["--steps", "5"]):
         line = run("--out", finished, *TINY, *flags, status=2, capsys=capsys)
         assert flags[0] in line and "--out" in line
-    run("--out", finished, *TINY, "--learning-rate", "0.1", "--micro-batch-size", "8")
+    run("--out", finished, *TINY, "--learning-rate", "0.1", "--micro-batches", "2")
     monkeypatch.chdir(tmp_path)
     for flags in ([], ["--seed", "3"], []):
         run(*TINY, *flags)
@@ -925,6 +920,10 @@ def test_the_folder_is_the_run(finished, tmp_path, monkeypatch, capsys):
     np.save("p.npy", 3 * np.random.default_rng(0).normal(size=(50, 2)))  # scaled
     assert "--data" in run("--toy", "p.npy", "--out", "own", *TINY, status=2, capsys=capsys)
     few = [*TINY[2:6], *TINY[10:]]
+    of_others = ["--teacher", "own/teacher.pt", "--out", "else"]
+    assert "not this teacher's points" in run(*of_others, *few, status=2, capsys=capsys)
+    Path("own/config.json").write_text("{")
+    assert "own cannot be used" in run("--out", "own", *TINY, status=1, capsys=capsys)
     run("--teacher", finished / "teacher.pt", "--out", "given", *few)
     same(finished / "student.pt", "given/student.pt")
     other = ["--teacher", "runs/toy2d-2/teacher.pt", "--out", "given"]
@@ -972,6 +971,20 @@ def test_an_interrupted_run_continues_to_the_same_bits(
         same(finished / name, tmp_path / name)
 
 
+def test_an_interrupt_during_the_last_write_ends_the_run(tmp_path, monkeypatch, capsys):
+    write = fmd.TrainState.write
+
+    def interrupting(self, path):
+        write(self, path)
+        if self.step == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(fmd.TrainState, "write", interrupting)
+    line = run("--out", tmp_path, *TINY, status=1, capsys=capsys)
+    assert "interrupted: the same command continues" in line
+    assert not (tmp_path / "student.pt").exists()
+
+
 def test_a_killed_run_continues_to_the_same_bits(finished, tmp_path):
     script = ("import os, signal, sys, fmd\n"
               "fmd.CHECKPOINT_INTERVAL, draw = 3, fmd.Distiller.draw\n"
@@ -998,7 +1011,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
 
     with pytest.raises(fmd.UserError, match="free some space.*No space left"):
         fmd.save(path, failing)
-    assert path.read_text() == "old" and [*tmp_path.iterdir()] == [path]
+    assert path.read_text() == "old"
     monkeypatch.setattr(fmd.torch, "save", lambda checkpoint, part: failing(part))
     line = run("--out", tmp_path / "full", *TINY, status=1, capsys=capsys)
     assert "No space left" in line and "--out" in line
@@ -1092,7 +1105,7 @@ BAD_COMMANDS = [
     (["--correction-share", "1.5"], "--correction-share"), (["--hidden-size", "30"], "multiple"),
     (["--prediction", "guess"], "jvp"), (["--recipe", "best"], "fast"),
     (["--seed", "-1"], "--seed"),
-    (["--decay", "2"], "--decay"), (["--micro-batch-size", "3"], "--micro-batch-size"),
+    (["--decay", "2"], "--decay"), (["--micro-batches", "3"], "--batch-size"),
     (["--prediction", "difference", "--precision", "bfloat16"], "float32"),
     (["--exact-teacher", "--precision", "bfloat16"], "float32"),
     (["--batch-size", "4"], "--correction-share"), (["--guidance-interval", "1", "0"], "lower"),
@@ -1225,7 +1238,7 @@ def test_pictures_that_are_not_there_are_one_line(what, digits, tmp_path, monkey
 
 TINY_LATENTS = ["--hidden-size", "16", "--depth", "1", "--num-heads", "2", "--steps", "3"]
 TINY_LATENTS += ["--batch-size", "8", "--teacher-steps", "3", "--eval-samples", "20"]
-TINY_LATENTS += ["--device", "cpu", "--precision", "float32", "--micro-batch-size", "0"]
+TINY_LATENTS += ["--device", "cpu", "--precision", "float32"]
 
 
 def write_latents(folder, dtype=np.float16):
@@ -1329,17 +1342,12 @@ def test_a_public_teacher_is_distilled_without_data_and_sampled(
     student = fmd.load_student(out / "student.pt")
     x = fmd.jump(student, z, torch.arange(10), torch.tensor([1.4]))
     assert_close(torch.from_numpy(found["arr_0"]), x.permute(0, 2, 3, 1))
-    broken = torch.load(out / "student.pt", weights_only=True)
-    broken["ema"]["final_layer.linear.weight"].fill_(3e38)  # finite, but its samples are not
-    torch.save(broken, out / "student.pt")
-    (out / "samples.npz").unlink()
-    assert "finite" in run(*flags, status=1, capsys=capsys) and not (out / "samples.npz").exists()
 
 
 WRAPPERS = [lambda w: {"state_dict": {"_orig_mod." + k: v for k, v in w.items()}},
             lambda w: {"model_state_dict": {"module._orig_mod." + k: v for k, v in w.items()}},
             lambda w: {"model." + k: v for k, v in w.items()},
-            lambda w: {"model": {k: 0 * v for k, v in w.items()}, "ema_state_dict": w},
+            lambda w: {"model": {k: 0 * v for k, v in w.items()}, "ema_0.9999": OrderedDict(w)},
             lambda w: {"state_dict": w, "ema": {"shadow": w, "decay": 0.99}}]
 
 
@@ -1391,7 +1399,7 @@ def test_a_folder_in_use_is_refused(finished, capsys):
                              stdout=subprocess.PIPE)
     other.stdout.readline()
     line = run("--out", finished, *TINY, status=1, capsys=capsys)
-    assert "in use by another process" in line
+    assert "another process uses it" in line
     other.kill()
     other.wait()
     run("--out", finished, *TINY)
@@ -1560,9 +1568,9 @@ GUIDED += ["--toy", "moons", "--correction-share", "0.25", "--teacher-steps", "4
 
 
 def test_two_processes_equal_one(tmp_path):
-    flags = [*TINY, *GUIDED, "--micro-batch-size"]  # two parts for each
-    run("--out", tmp_path / "one", *flags, "8")
-    done = torchrun("--out", tmp_path / "two", *flags, "4", "--activation-checkpointing")
+    flags = [*TINY, *GUIDED, "--micro-batches", "2"]
+    run("--out", tmp_path / "one", *flags)
+    done = torchrun("--out", tmp_path / "two", *flags, "--activation-checkpointing")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("endpoint error") == 1
     for name in ("teacher.pt", "student.pt"):
