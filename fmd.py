@@ -11,7 +11,7 @@ Map: 1. The method (the paper's losses, in reading order: read this first)  2. T
 Conventions, everywhere in this file
     t = 0 is data x, t = 1 is noise n ~ N(0, I), and x_t = (1 - t) x + t n in between.
     u(x_t, t) is the teacher's velocity, trained to be E[x - n | x_t]. It points from noise to data,
-        so dx/dt = -u.
+        so dx/dt = -u. (REPA has -u, and SiT's time runs the other way.)
     delta = 1 - t is the progress of a path: sampling solves dx/d(delta) = u(x, 1 - delta).
     phi(z, delta) is the state that the teacher's path from the noise z reaches at delta.
     f(z, delta) = z + delta F(z, delta) is the student's phi. f(z, 1) is its one-step sample.
@@ -66,7 +66,8 @@ from tqdm import tqdm
 # its flow map with two losses: prediction compares v_G with u, correction compares v_N with u.
 # Why from noise alone: at t = 1 noised data and the teacher's states are both N(0, I). At other t a
 # guided or imperfect teacher passes through states that noised data rarely reach. Methods that
-# start from noised data hardly train the student there (the teacher-data mismatch).
+# start from noised data hardly train the student there, and build its long jumps from short ones
+# there (the teacher-data mismatch).
 
 
 def expand(v):
@@ -171,10 +172,11 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
       difference  (F(z, delta + s) - F(z, delta - s)) / 2s with s = spacing, one-sided at the ends
 
     The price of evaluating u at f: while f is wrong, this is a wrong place, and errors compound.
-    Between modes paths part, and a small early D_G can end as a large error; inside of a mode
-    errors mostly shrink. The error e = f - phi obeys de/ddelta = D_G + u(f) - u(phi). u alone makes
-    it grow at the rate L = <e, u(f) - u(phi)> / ||e||^2, above 0 between modes. So (Gronwall)
+    The error e = f - phi obeys de/ddelta = D_G + u(f) - u(phi). u alone makes it grow at the rate
+    L = <e, u(f) - u(phi)> / ||e||^2, so (Gronwall)
         ||e|| at delta = 1 <= integral over delta of ||D_G|| exp(integral of L from delta to 1).
+    L is above 0 between modes, where paths part: a small early D_G can end as a large error. Inside
+    of a mode errors mostly shrink.
     """
     if F is None:
         F = student.F(z, delta, y, guidance)
@@ -210,10 +212,11 @@ def correction_gradient(v_N, u, x_r, r, y=None):
     place of a path, D_N the distributions in which all paths end.
 
     Why the loss F(z, 1) . D_N, with D_N constant, descends a KL divergence:
-    1. The gradient of KL(student's x_r || teacher's x_r) [10] is E[(dx_r/dtheta)^T (student's score
-       - teacher's score)]. (The student's log p changes too, but E[dlog p/dtheta] = 0.)
-    2. A score, the gradient of log p, is -E[n | x_r] / r (Tweedie), and n = x_r - (1 - r) (x - n).
-       With v = E[x - n | x_r] it is ((1 - r) v - x_r) / r. So the scores differ by (1 - r) / r D_N.
+    1. The gradient of KL(student's x_r || teacher's x_r) [10] is
+           E[(dx_r/dtheta)^T (student's score - teacher's score)].
+       The student's log p changes too, but E[dlog p/dtheta] = 0.
+    2. A score, the gradient of log p, is -E[n | x_r] / r (Tweedie). With n = x_r - (1 - r) (x - n)
+       and v = E[x - n | x_r] it is ((1 - r) v - x_r) / r. So the scores differ by (1 - r) / r D_N.
     3. x = z + F(z, 1), so dx_r/dtheta = (1 - r) dF/dtheta.
     The factor (1 - r)^2 / r of the product is left out. It depends on r only, so it says how much
     each noise level counts.
@@ -236,8 +239,7 @@ def decay(D, k):
     residuals are divided by a constant, whatever k is. The paper's FID (DiT-B/2) is about 12 for
     each k without correction; with it 43.5 for k = 0, 10.6 for 1/2 and 5.6 for 1. A likely reason:
     where residuals are large the losses disagree, and there decay damps the prediction. In this
-    file k also sets the balance: lambda follows the undecayed D_G, so with a larger k the
-    correction is a smaller part of the gradient.
+    file k also sets the balance of the losses: see lambda in Distiller.forward.
     """
     return D / expand((mean_square(D) + EPS) ** k)
 
@@ -253,16 +255,16 @@ class Distiller(nn.Module):
     is a mean over its own rows, so the share is no weight: it says how many rows estimate each.
 
     Why the correction has its own guidance interval: with a guided u, D_N moves even a perfect
-    student (see correction_gradient), on digits to more guidance than asked for; with an unguided u
-    it pulls to less. [0, 0.7] trades one bias for the other: it guides about half of the rows,
-    those with r up to 0.7. The paper's FID is then 5.6, with [0, 1] 8.7.
+    student (see correction_gradient). On digits a guided u pushes to more guidance, an unguided one
+    to less. [0, 0.7] trades one bias for the other: it guides about half of the rows, those with r
+    up to 0.7. The paper's FID is then 5.6, with [0, 1] 8.7.
     """
 
     def __init__(self, network, critic, teacher, config):
         super().__init__()
         self.network, self.critic, self.teacher = network, critic, teacher
         self.config = config
-        self.ema_student = None  # TrainState sets it for ema_target: a FlowMap of averaged weights
+        self.ema_student = None  # train sets it for ema_target: a FlowMap of averaged weights
 
     def forward(self, z_G, y_G, delta, z_N, y_N, r, n, guidance_G=None, guidance_N=None, h=None):
         """Rows _G (generating) predict, rows _N (noising) correct. Returns loss and metrics."""
@@ -291,10 +293,11 @@ class Distiller(nn.Module):
             D_N = correction_gradient(v_N, u, x_r, r, y_N)
             lambda_ = config.alpha
             if len(z_G):
-                # Why lambda: it gives D_N the size of D_G before its decay, so the correction fades
-                # as the prediction succeeds. (At k = 1 the decayed D_G even grows, as 1 / ||D_G||,
-                # until eps stops it: beside it the correction fades faster still.) The price: a
-                # small D_N is mostly the critic's error, and lambda makes it larger.
+                # Why lambda: it gives D_N the size of D_G, so the correction fades as the
+                # prediction succeeds. Why D_G before its decay (our choice): decayed, it keeps its
+                # size at k = 1/2 and grows at k = 1. So the correction pulls about alpha (||D_G||^2
+                # / d + eps)^k times as hard as the prediction: less with a larger k. The price of
+                # lambda: a small D_N is mostly the critic's error, and it is made larger.
                 norm_G = mean_over_processes(mean_square(D_G).sqrt().mean())
                 norm_N = mean_over_processes(mean_square(D_N).sqrt().mean())
                 lambda_ = config.alpha * norm_G / (norm_N + EPS)
@@ -310,7 +313,7 @@ class Distiller(nn.Module):
         guidance each row has a strength: it is an input of the student, so that one student serves
         all strengths."""
         config, classes, shape = self.config, self.network.num_classes, self.network.shape
-        g = generator(config.seed, STUDENT, step)  # the same numbers for the same step
+        g = generator(config.seed, STUDENT, step)  # see section 6: the same numbers for one step
         correct = config.corrections  # rows that correct
         predict = config.batch_size - correct
         batch = {}
@@ -323,13 +326,13 @@ class Distiller(nn.Module):
                 strength = torch.rand(count, generator=g)
                 batch[f"guidance_{side}"] = 1 + (config.guidance_max - 1) * strength
         # Stratified: each row draws U in a part of (0, 1] of its own. A delta_scale above 1 is for
-        # form solver: many rows then have delta = 1, where it compares the sample f(z, 1) with the
-        # end of a solve. (The residual of jvp or difference is only an error of velocity there.)
+        # form solver: many rows then have delta = 1, where solver compares the sample f(z, 1) with
+        # the end of a solve. (The residual of jvp or difference is only an error of velocity.)
         U = 1 - (torch.arange(predict) + torch.rand(predict, generator=g)) / predict
         batch["delta"] = (config.delta_scale * U).clamp(1e-3, 1)  # solver divides by delta
         if config.prediction == "solver":
-            longest = config.solver_interval * (0.5 + 0.5 * torch.rand(predict, generator=g))
-            batch["h"] = torch.minimum(longest, batch["delta"])
+            h = config.solver_interval * (0.5 + 0.5 * torch.rand(predict, generator=g))
+            batch["h"] = torch.minimum(h, batch["delta"])  # h = delta: the row starts at z
         # Why r lies near the noise (median sigmoid(0.8) = 0.69): with little noise the x_r of
         # student and teacher hardly overlap where the student is wrong, and D_N says nothing about
         # modes that the student lacks. With much noise D_N moves whole modes and changes each one's
@@ -345,9 +348,11 @@ class Distiller(nn.Module):
         to delta, where it ends at `end`, and the result is (f(z, delta) - end) / delta. Rows with
         delta = h start at z: they learn the teacher's own path.
 
-        For a short h it is about D_G h / delta: f(delta) is about f(delta - h) + h v_G, and end
-        f(delta - h) + h u. With ema_target averaged weights jump, for a less noisy target. This
-        adds (f - f_ema) / delta, both at delta - h, which does not shrink with h. So h must be
+        For a short h, if f_0 is the map that jumps (f, or with ema_target that of an average):
+            f(z, delta) is about f(z, delta - h) + h v_G
+            end         is about f_0(z, delta - h) + h u
+            the result  is about (h D_G + f(z, delta - h) - f_0(z, delta - h)) / delta
+        Averaged weights are a less noisy target, but f - f_0 does not shrink with h. So h must be
         long, or the student would mostly follow its own average.
         """
         start = (self.ema_student or FlowMap(self.network)).f(z, delta - h, y, guidance)
@@ -361,8 +366,8 @@ class Distiller(nn.Module):
 
 class GaussianMixture(nn.Module):
     """Equally likely Gaussians N(means[k], blur^2 I): data, its exact velocity, and its support.
-    means: (K, d); blur > 0; labels: (K,) int64 below num_classes, all 0 without classes. A point x
-    is center + scale x in the user's coordinates; both are numbers, or lists of d."""
+    means: (K, d); blur > 0; labels: (K,) int64 below num_classes, all 0 without classes. center,
+    scale: numbers or lists of d, if points were standardised: x was center + scale x before."""
 
     def __init__(self, means, blur, labels, num_classes, center=0.0, scale=1.0):
         super().__init__()
@@ -572,7 +577,7 @@ TOYS = ("checkerboard", "gaussians", "moons", "spirals", "rings")
 
 def make_toy(name):
     """One of TOYS as a GaussianMixture with a spread near 1. Raises KeyError for another name."""
-    # A point (x, y) is the number x + iy. A toy has a row of means for each label, and a blur.
+    # A point (x, y) is the number x + iy. A toy has means (labels, means of a label), and a blur.
 
     def circle(N):
         return torch.polar(torch.ones(N), math.tau * torch.arange(N) / N)
@@ -781,7 +786,8 @@ RANK = int(LAUNCH.get("RANK", 0))  # process 0 of WORLD writes the files
 WORLD = int(LAUNCH.get("WORLD_SIZE", 1))
 LOG_INTERVAL = 50  # steps between lines of the log
 CHECKPOINT_INTERVAL = 500
-SHOWN = {"flow_matching": "teacher: flow matching loss",  # beside the progress bar, and as curves
+# Shown beside the progress bar, and as curves with these titles in the colour of "teacher", ...
+SHOWN = {"flow_matching": "teacher: flow matching loss",
          "prediction": "student: ||D_G||² / d", "correction": "critic: ||D_N||² / d",
          "endpoint_error": "student: endpoint error"}
 
@@ -878,12 +884,12 @@ def train(module, config, state=None):
     module.draw(step) -> {name: tensor with one row a sample}; module(**batch) -> scalar loss, dict
     of scalar tensors. A generator: yields (step, metrics, state) after every step, from 1 on;
     state.ema is the averaged network. state: that of an earlier train of this module, to go on.
-    Losses, gradients and metrics are means over processes and micro-batches, whose rows must be as
-    many. (Each has a lambda of its own.) A step that is not finite is skipped; ten consecutive ones
-    raise UserError.
+    Losses, gradients and metrics are means over processes and micro-batches, which need equally
+    many rows. (Only lambda is that of a micro-batch.) A step that is not finite is skipped; ten
+    consecutive ones raise UserError.
     """
     state = state or TrainState(module, config)
-    state.config = config
+    state.config = config  # it may have more steps than before
     if config.ema_target:
         module.ema_student = FlowMap(state.ema)
     device = device_of(module.network)
@@ -999,7 +1005,8 @@ def evaluate(student, teacher, data, config, out, log):
     """Compare student and teacher: metrics.json, pictures, and the main numbers on the screen.
     Endpoint error: from the student's sample to the end of the teacher's path, from the same noise.
     SW2: from the student's samples to the teacher's from other noises; its floor is that of two
-    such sets of the teacher. With data also the SW2 to it, divided by that of two sets of data."""
+    such sets of the teacher. With data also the SW2 to it, divided by that of two sets of data.
+    Labels come in turn: data whose classes have unequal sizes is farther away for that reason."""
     N, network = config.eval_samples, student.network
     y, strength = conditions(network, config, N)
     u = guided(teacher, strength, config.guidance_interval)
@@ -1020,12 +1027,12 @@ def evaluate(student, teacher, data, config, out, log):
                "teacher_nfe": nfe, "error_along_path": errors, "log": log,
                "config": dataclasses.asdict(config), "torch": str(torch.__version__)}
     if data is not None:
-        x, held_out = data.draw(2 * N, generator(config.seed, EVALUATION, 2))[0].to(z).chunk(2)
+        x, other_x = data.draw(2 * N, generator(config.seed, EVALUATION, 2))[0].to(z).chunk(2)
         sets = {"data": x, **sets}
-        floor = sliced_w2(x, held_out)
+        data_floor = sliced_w2(x, other_x)
         for name, x in sets.items():
             covered = data.coverage(x.cpu()) if data.has_density else {}
-            metrics[name] = {"SW2 to data": sliced_w2(x, held_out) / floor, **covered}
+            metrics[name] = {"SW2 to data": sliced_w2(x, other_x) / data_floor, **covered}
             print(f"{name:>8}:", ", ".join(f"{k} {v:.3f}" for k, v in metrics[name].items()))
     save(out / "metrics.json", lambda file: file.write(json.dumps(metrics, indent=1).encode()))
     save_pictures(network, metrics, sets, path, jumps, out)
@@ -1457,7 +1464,8 @@ def make_parser():
 
 
 # Settings that may differ when a run continues: those of speed and of measures, learning rates, and
-# names of things whose content claim_folder compares instead (recipe, data, teacher, student).
+# names of things whose content claim_folder compares instead (recipe, data, teacher, student). Not
+# steps: learning rates fall over all of them. More steps: a new run from --teacher and --student.
 MAY_CHANGE = {
     "recipe", "quick", "stage", "out", "debug", "data", "teacher", "student", "trust_teacher",
     "guidance", "learning_rate", "teacher_learning_rate", "critic_learning_rate", "device",
@@ -1536,7 +1544,8 @@ def run_training(given, device):
         place = {"center": data.center, "scale": data.scale}
         if teacher and not place.items() <= teacher.settings.items():
             raise UserError(f"--toy {config.toy}: these are not this teacher's points", 2)
-        sources["data"] = f"of sum {x.double().sum() + y.sum()}, {len(data.labels)} rows, {place}"
+        total = (x.double().flatten(1).sum(1) * (y + 1)).sum()  # depends on the order of labels
+        sources["data"] = f"of sum {total}, {len(data.labels)} rows, {place}"
     network = teacher or new_network(data, config).to(device)
     sizes = {**network.settings, "guidance": config.is_guided}
     if start and (teacher is None or start.settings != sizes):

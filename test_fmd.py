@@ -1250,7 +1250,7 @@ def write_latents(folder, dtype=np.float16):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_a_teacher_from_latents(dtype, tmp_path):
+def test_a_teacher_from_latents(dtype, tmp_path, capsys):
     path, x, y = write_latents(tmp_path, dtype)
     data = fmd.open_data(fmd.make_config("imagenet", data=str(path)))
     drawn, labels = data.draw(100, fmd.generator(0))
@@ -1260,6 +1260,9 @@ def test_a_teacher_from_latents(dtype, tmp_path):
     if dtype == np.float16:
         run("--dataset", "imagenet", "--data", path, "--out", tmp_path / "out", *TINY_LATENTS)
         assert json.loads((tmp_path / "out" / "metrics.json").read_text())["endpoint_error"] > 0
+        np.save(tmp_path / "latents_labels.npy", np.roll(y, 1))
+        flags = ["--dataset", "imagenet", "--data", path, "--out", tmp_path / "out"]
+        assert "--data" in run(*flags, *TINY_LATENTS, status=2, capsys=capsys)
 
 
 BAD_LATENTS = ["shape", "point", "channels", "spread", "integers", "no labels", "number", "float"]
@@ -1372,8 +1375,9 @@ def test_a_file_without_null_label_and_with_other_heads(tmp_path, capsys):
     assert network.settings["num_heads"] == 4 and network.blocks[0].head_dim == 32
     c = fmd.make_config(**given)
     assert (c.guidance_max, c.guidance, c.label_dropout) == (1, 1, 0)
-    with pytest.raises(fmd.UserError, match="null label"):
-        fmd.open_teacher({"teacher": str(path), "trust_teacher": True, "guidance_max": 2.0}, "cpu")
+    for name in "guidance_max", "guidance":
+        with pytest.raises(fmd.UserError, match="null label"):
+            fmd.open_teacher({"teacher": str(path), "trust_teacher": True, name: 2.0}, "cpu")
 
 
 def test_samples_that_do_not_look_like_data_are_refused():
