@@ -1421,7 +1421,7 @@ def run_stage(kind, module, config, out, score=None):
     recent, interrupts, clock = [], [], time.perf_counter()
     signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
     bar = tqdm(train(module, config, state), kind, config.steps, initial=state.step,
-               disable=RANK > 0 or None)
+               disable=RANK > 0, mininterval=0.1 if sys.stderr.isatty() else 60)  # in a log file
     for step, metrics, _ in bar:
         is_stopped = mean_over_processes(torch.tensor(float(len(interrupts)))) > 0
         is_last = is_stopped or step == config.steps
