@@ -21,7 +21,7 @@ Conventions, everywhere in this file
         D_N = v_N - u(x_r, r)
     Samples are images (B, C, H, W) of d = C H W values; a point of the plane is 2 x 1 x 1.
     t, delta, r and guidance (the strength gamma) are (B,), or (1,) if one value serves all.
-    Labels y are int64, (B,) or (1,). num_classes is the null label, "any class"; y=None is too.
+    Labels y are int64, (B,) or (1,). num_classes is the null label, "any class". So is y=None.
 
 The paper's equations: [7] v_G = u(f, 1 - delta). [8] the loss 1/2 ||F - sg(F - D_G)||^2, where sg
 means held constant. [9] its gradient, with D_G. [10] a KL divergence. [11] its gradient, with D_N.
@@ -66,8 +66,8 @@ from tqdm import tqdm
 # its flow map with two losses: prediction compares v_G with u, correction compares v_N with u.
 # Why from noise alone: at t = 1 noised data and the teacher's states are both N(0, I). At other t a
 # guided or imperfect teacher passes through states that noised data rarely reach. Methods that
-# start from noised data hardly train the student there, and build its long jumps from short ones
-# there (the teacher-data mismatch).
+# start from noised data hardly train the student in these states, but its long jumps are built from
+# short ones that pass through them (the teacher-data mismatch).
 
 
 def expand(v):
@@ -85,8 +85,8 @@ class FlowMap:
     It has no weights of its own, so it is not an nn.Module.
 
     Why it starts with the teacher's weights: an average over no time is the velocity itself,
-    F(z, 0) = u(z, 1). So without guidance these weights are exactly right at delta = 0, and
-    training extends this to larger delta.
+    F(z, 0) = u(z, 1). So at strength 1 these weights are exactly right at delta = 0, and training
+    extends this to larger delta.
     """
 
     def __init__(self, network):
@@ -155,9 +155,9 @@ def mean_square(D):
     return D.flatten(1).square().mean(1)
 
 
-# Why no_grad, the paper's stop-gradient sg: [8] is regression, and its target F - D_G is computed
-# anew at every step. u(f) is held constant, or the loss could fall in a wrong way, by moving f to
-# where u happens to be near v_G. dF/ddelta is held constant to save a second derivative.
+# Why no_grad, the paper's stop-gradient sg: [8] is regression of F on F - D_G = u(f) - delta
+# dF/ddelta, computed anew at every step. u(f) is held constant, or the loss could fall in a wrong
+# way, by moving f to where u is near v_G. dF/ddelta is held constant to save a second derivative.
 @torch.no_grad()  # a forward-mode jvp does not need autograd
 def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp", spacing=0.005,
                         F=None):
@@ -172,8 +172,8 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
       difference  (F(z, delta + s) - F(z, delta - s)) / 2s with s = spacing, one-sided at the ends
 
     The price of evaluating u at f: while f is wrong, this is a wrong place, and errors compound.
-    The error e = f - phi obeys de/ddelta = D_G + u(f) - u(phi). u alone makes it grow at the rate
-    L = <e, u(f) - u(phi)> / ||e||^2, so (Gronwall)
+    The error e = f - phi obeys de/ddelta = D_G + u(f) - u(phi). With the rate at which u makes it
+    grow, L = <e, u(f) - u(phi)> / ||e||^2, d||e||/ddelta <= ||D_G|| + L ||e||, and so (Gronwall)
         ||e|| at delta = 1 <= integral over delta of ||D_G|| exp(integral of L from delta to 1).
     L is above 0 between modes, where paths part: a small early D_G can end as a large error. Inside
     of a mode errors mostly shrink.
@@ -181,8 +181,8 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     if F is None:
         F = student.F(z, delta, y, guidance)
     # Why a partial derivative: the jump starts at the noise z, which stays, and only its end moves
-    # with delta. MeanFlow moves the start t of the jump, and the state x_t there moves with it. So
-    # its derivative is total: the partial one, plus that of F with respect to x_t times dx_t/dt.
+    # with delta. In MeanFlow the time t of the start moves, and with it the state x_t. So its
+    # derivative is total: the partial one, plus that of F with respect to x_t times dx_t/dt.
     if form == "jvp":
         delta = delta.contiguous()  # jvp refuses an expanded tensor
         # The kernel: fused attention has no forward-mode derivative.
@@ -218,8 +218,8 @@ def correction_gradient(v_N, u, x_r, r, y=None):
     2. A score, the gradient of log p, is -E[n | x_r] / r (Tweedie). With n = x_r - (1 - r) (x - n)
        and v = E[x - n | x_r] it is ((1 - r) v - x_r) / r. So the scores differ by (1 - r) / r D_N.
     3. x = z + F(z, 1), so dx_r/dtheta = (1 - r) dF/dtheta.
-    The factor (1 - r)^2 / r of the product is left out. It depends on r only, so it says how much
-    each noise level counts.
+    The product of 2 and 3 has the factor (1 - r)^2 / r, which the loss leaves out. This only
+    changes how much each noise level r counts.
 
     Why D_N is not zero even for a perfect student, if u is guided or learned: gamma u(.|y) +
     (1 - gamma) u(.|null) is not a conditional mean, and networks have errors. Take the samples of
@@ -232,14 +232,14 @@ EPS = 1e-3  # the paper's value is not known to us
 
 
 def decay(D, k):
-    """D / (||D||^2 / d + eps)^k, per sample, as in MeanFlow (arXiv 2505.13447), there without / d.
+    """D / (||D||^2 / d + eps)^k of each sample. (MeanFlow, arXiv 2505.13447, does not divide by d.)
 
-    What k does: with k = 0 (squared residual) a few noises with large residuals dominate. With 1/2
-    all samples pull about equally, with 1 large residuals pull less. But far below sqrt(eps) = 0.03
-    residuals are divided by a constant, whatever k is. The paper's FID (DiT-B/2) is about 12 for
-    each k without correction; with it 43.5 for k = 0, 10.6 for 1/2 and 5.6 for 1. A likely reason:
-    where residuals are large the losses disagree, and there decay damps the prediction. In this
-    file k also sets the balance of the losses: see lambda in Distiller.forward.
+    What k does: a sample pulls with ||D||^(1 - 2k). At k = 0 the few large residuals dominate, at
+    1/2 all samples pull equally, at 1 large residuals pull less. (Residuals far below sqrt(eps) =
+    0.03 are divided by a constant.) The paper's FID (DiT-B/2) is about 12 for each k without
+    correction; with it 43.5 for k = 0, 10.6 for 1/2 and 5.6 for 1. A likely reason: where residuals
+    are large the losses disagree, and a larger k gives these samples less of the prediction. Here k
+    also sets the balance of the losses: see lambda in Distiller.forward.
     """
     return D / expand((mean_square(D) + EPS) ** k)
 
@@ -250,14 +250,14 @@ class Distiller(nn.Module):
 
     network: a velocity network, read as the student's F; critic: another, which learns v_N. Both
     start as copies of the teacher: as the student learns, v_N comes near u.
-    teacher: u(x, t, y), never changed. config: a Config. The paper has a derivative by jvp or
-    difference, decay k = 1, alpha from 0.3 to 3, r_location 0.8 and correction_share 1/4. Each loss
-    is a mean over its own rows, so the share is no weight: it says how many rows estimate each.
+    teacher: u(x, t, y), never changed. config: a Config. The paper's values: prediction jvp or
+    difference, decay k = 1, alpha 0.3 to 3, r_location 0.8, correction_share 1/4. The share is not
+    a weight: each loss is a mean over its own rows.
 
     Why the correction has its own guidance interval: with a guided u, D_N moves even a perfect
     student (see correction_gradient). On digits a guided u pushes to more guidance, an unguided one
     to less. [0, 0.7] trades one bias for the other: it guides about half of the rows, those with r
-    up to 0.7. The paper's FID is then 5.6, with [0, 1] 8.7.
+    up to 0.7. The paper's FID (DiT-B/2) is then 5.6, with [0, 1] 8.7.
     """
 
     def __init__(self, network, critic, teacher, config):
@@ -294,10 +294,10 @@ class Distiller(nn.Module):
             lambda_ = config.alpha
             if len(z_G):
                 # Why lambda: it gives D_N the size of D_G, so the correction fades as the
-                # prediction succeeds. Why D_G before its decay (our choice): decayed, it keeps its
-                # size at k = 1/2 and grows at k = 1. So the correction pulls about alpha (||D_G||^2
-                # / d + eps)^k times as hard as the prediction: less with a larger k. The price of
-                # lambda: a small D_N is mostly the critic's error, and it is made larger.
+                # prediction succeeds. Why D_G before its decay (our choice): as D_G falls, the
+                # decayed one stays (k = 1/2) or even grows (k = 1). So the correction pulls alpha
+                # (||D_G||^2 / d + eps)^k times as hard as the prediction: less with a larger k, if
+                # D_G is small. The price: a small D_N is mostly the critic's error, made larger.
                 norm_G = mean_over_processes(mean_square(D_G).sqrt().mean())
                 norm_N = mean_over_processes(mean_square(D_N).sqrt().mean())
                 lambda_ = config.alpha * norm_G / (norm_N + EPS)
@@ -326,8 +326,8 @@ class Distiller(nn.Module):
                 strength = torch.rand(count, generator=g)
                 batch[f"guidance_{side}"] = 1 + (config.guidance_max - 1) * strength
         # Stratified: each row draws U in a part of (0, 1] of its own. A delta_scale above 1 is for
-        # form solver: many rows then have delta = 1, where solver compares the sample f(z, 1) with
-        # the end of a solve. (The residual of jvp or difference is only an error of velocity.)
+        # form solver: it puts many rows at delta = 1, where solver compares the sample f(z, 1)
+        # itself with the end of a solve. (jvp and difference compare only velocities there.)
         U = 1 - (torch.arange(predict) + torch.rand(predict, generator=g)) / predict
         batch["delta"] = (config.delta_scale * U).clamp(1e-3, 1)  # solver divides by delta
         if config.prediction == "solver":
@@ -335,7 +335,7 @@ class Distiller(nn.Module):
             batch["h"] = torch.minimum(h, batch["delta"])  # h = delta: the row starts at z
         # Why r lies near the noise (median sigmoid(0.8) = 0.69): with little noise the x_r of
         # student and teacher hardly overlap where the student is wrong, and D_N says nothing about
-        # modes that the student lacks. With much noise D_N moves whole modes and changes each one's
+        # modes that the student lacks. With much noise D_N can move whole modes and mend each one's
         # share of the samples.
         batch["r"] = torch.sigmoid(config.r_location + torch.randn(correct, generator=g))
         batch["n"] = torch.randn(correct, *shape, generator=g)
@@ -343,17 +343,17 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def solver_gradient(self, u, F, z, delta, h, y, guidance):
-        """The form `solver` of D_G, which is ours, without a derivative (weights with a good F can
-        have a poor dF/ddelta). The student jumps to delta - h, the teacher's ODE leads from there
-        to delta, where it ends at `end`, and the result is (f(z, delta) - end) / delta. Rows with
-        delta = h start at z: they learn the teacher's own path.
+        """The form `solver`, ours, in place of D_G. It needs no derivative: weights with a good F
+        can have a poor dF/ddelta. The student jumps to delta - h, and the teacher's ODE leads from
+        there to delta, to a state `end`. F learns (end - z) / delta, so (f(z, delta) - end) / delta
+        takes the place of D_G. Rows with delta = h start at z and learn the teacher's own path.
 
-        For a short h, if f_0 is the map that jumps (f, or with ema_target that of an average):
+        For a short h, where f_0 is the map that jumps (f itself, or its average with ema_target):
             f(z, delta) is about f(z, delta - h) + h v_G
             end         is about f_0(z, delta - h) + h u
-            the result  is about (h D_G + f(z, delta - h) - f_0(z, delta - h)) / delta
-        Averaged weights are a less noisy target, but f - f_0 does not shrink with h. So h must be
-        long, or the student would mostly follow its own average.
+            the result  is about h / delta D_G + (f - f_0)(z, delta - h) / delta
+        An average is a less noisy target, but f - f_0 does not shrink with h. So h must be long, or
+        the student would mostly follow its own average.
         """
         start = (self.ema_student or FlowMap(self.network)).f(z, delta - h, y, guidance)
         end = solve_ode(u, start, self.config.solver_steps, "rk4", y, t=1 - delta + h, length=h)
@@ -440,7 +440,7 @@ class FlowMatching(nn.Module):
 
 class Embedder(nn.Module):
     """A number per sample, (B,) -> (B, E): cosines and sines, then a small MLP. DiT's t runs from 0
-    to 999. Here it is 0 to 1, as in SiT: the faster the waves, the larger errors of dF/ddelta."""
+    to 999. Here it is 0 to 1, as in SiT: with faster waves dF/ddelta has larger errors."""
 
     def __init__(self, E):
         super().__init__()
@@ -786,7 +786,7 @@ RANK = int(LAUNCH.get("RANK", 0))  # process 0 of WORLD writes the files
 WORLD = int(LAUNCH.get("WORLD_SIZE", 1))
 LOG_INTERVAL = 50  # steps between lines of the log
 CHECKPOINT_INTERVAL = 500
-# Shown beside the progress bar, and as curves with these titles in the colour of "teacher", ...
+# Shown beside the progress bar, and as curves with these titles; the first word is the colour.
 SHOWN = {"flow_matching": "teacher: flow matching loss",
          "prediction": "student: ||D_G||² / d", "correction": "critic: ||D_N||² / d",
          "endpoint_error": "student: endpoint error"}
@@ -797,8 +797,8 @@ TEACHER, STUDENT, WEIGHTS, EVALUATION, SAMPLING = range(5)  # streams of random 
 
 def generator(*key):
     """A random generator that depends only on the integers in `key`: seed, stream, step. So an
-    interrupted run continues with the same numbers. And all processes draw the same batch, of which
-    each takes its own rows, so that their number changes results by rounding only."""
+    interrupted run continues with the same numbers. And all processes draw the same batch and take
+    their own rows of it: the number of processes changes results by rounding only."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
@@ -846,7 +846,7 @@ class TrainState:
                 network.compile()
 
     def update(self, loss):
-        """One step of the weights and of their average, unless loss or gradients are not finite.
+        """A step by the gradients at hand, and of the average, unless they or loss are not finite.
         The learning rate is the peak times a linear rise times a linear fall to 0."""
         config, groups = self.config, self.optimizer.param_groups
         norms = [nn.utils.clip_grad_norm_(group["params"], self.CLIP) for group in groups]
@@ -1004,9 +1004,10 @@ def endpoint_score(teacher, network, config):
 def evaluate(student, teacher, data, config, out, log):
     """Compare student and teacher: metrics.json, pictures, and the main numbers on the screen.
     Endpoint error: from the student's sample to the end of the teacher's path, from the same noise.
-    SW2: from the student's samples to the teacher's from other noises; its floor is that of two
+    SW2: from the student's samples to the teacher's from other noises; its floor is the SW2 of two
     such sets of the teacher. With data also the SW2 to it, divided by that of two sets of data.
-    Labels come in turn: data whose classes have unequal sizes is farther away for that reason."""
+    Samples have all labels equally often: with classes of unequal size they are farther from data.
+    """
     N, network = config.eval_samples, student.network
     y, strength = conditions(network, config, N)
     u = guided(teacher, strength, config.guidance_interval)
@@ -1464,8 +1465,8 @@ def make_parser():
 
 
 # Settings that may differ when a run continues: those of speed and of measures, learning rates, and
-# names of things whose content claim_folder compares instead (recipe, data, teacher, student). Not
-# steps: learning rates fall over all of them. More steps: a new run from --teacher and --student.
+# names whose content is compared instead (recipe, data, teacher, student). steps may not: learning
+# rates fall over all of them. For more steps start a new run from --teacher and --student.
 MAY_CHANGE = {
     "recipe", "quick", "stage", "out", "debug", "data", "teacher", "student", "trust_teacher",
     "guidance", "learning_rate", "teacher_learning_rate", "critic_learning_rate", "device",
