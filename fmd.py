@@ -52,7 +52,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as nnf  # not F: that is the student's average velocity
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from matplotlib.animation import FuncAnimation
 from matplotlib.figure import Figure
 from torch import distributed, nn
@@ -142,8 +142,8 @@ def guided(teacher, guidance, interval=(0.0, 1.0)):
     def u(x, t, y=None):
         labelled = teacher(x, t, y)
         null = teacher(x, t)
-        # 1e-6: the t of a solver is rounded, its last may be a little less than 0.
-        is_inside = (interval[0] - 1e-6 <= t) & (t <= interval[1] + 1e-6)
+        # 1e-4: the t of a solver is rounded, its last may be a little less than 0.
+        is_inside = (interval[0] - 1e-4 <= t) & (t <= interval[1] + 1e-4)
         gamma = torch.where(is_inside, guidance, 1.0)
         return null + expand(gamma) * (labelled - null)
 
@@ -367,7 +367,7 @@ class Distiller(nn.Module):
 class GaussianMixture(nn.Module):
     """Equally likely Gaussians N(means[k], blur^2 I): data, its exact velocity, and its support.
     means: (K, d); blur > 0; labels: (K,) int64 below num_classes, all 0 without classes. center,
-    scale: numbers or lists of d, if points were standardised: x was center + scale x before."""
+    scale: numbers or lists of d. A point x is center + scale x in the user's coordinates."""
 
     def __init__(self, means, blur, labels, num_classes, center=0.0, scale=1.0):
         super().__init__()
@@ -449,7 +449,7 @@ class Embedder(nn.Module):
     def forward(self, v):
         frequencies = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=v.device))
         angle = v[:, None] * frequencies  # (B, 128)
-        # Kept in float32: embedders and last layer in bfloat16 would double D_G's error on toys.
+        # Kept in float32: with embedders and last layer in bfloat16 D_G has a larger error by half.
         with torch.autocast(v.device.type, enabled=False):
             return self.mlp(torch.cat([angle.cos(), angle.sin()], 1))
 
@@ -511,7 +511,8 @@ class DiT(nn.Module):
         self.register_buffer("pos_embed", torch.cat([columns, rows], 1)[None].float())  # (1, T, E)
         self.t_embedder = Embedder(E)
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, E)})
-        self.guidance_embedder = Embedder(E) if guidance else None
+        # register_module: from_teacher may fill the place later, in the same order of parameters
+        self.register_module("guidance_embedder", Embedder(E) if guidance else None)
         self.blocks = nn.ModuleList(Block(E, num_heads, qk_norm) for _ in range(depth))
         self.final_layer = nn.ModuleDict({
             "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(E, 2 * E)),
@@ -530,7 +531,7 @@ class DiT(nn.Module):
     @staticmethod
     def from_teacher(teacher, guidance=False):
         """A copy of the teacher. An input for guidance changes nothing yet: its last layer is 0."""
-        network = copy.deepcopy(teacher)
+        network = copy.deepcopy(teacher).requires_grad_()
         if guidance and network.guidance_embedder is None:
             network.settings["guidance"] = True
             network.guidance_embedder = copy.deepcopy(network.t_embedder)
@@ -840,10 +841,11 @@ class TrainState:
         groups = [{"params": list(v.requires_grad_().parameters())} for v in trained.values()]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.parts = {**trained, "ema": self.ema, "optimizer": self.optimizer}  # of a checkpoint
-        for network in [*module.children(), self.ema]:  # student, critic, teacher, average
-            network.activation_checkpointing = config.activation_checkpointing
-            if config.compile:
-                network.compile()
+        for network in [*module.modules(), self.ema]:  # student, critic, teacher, average
+            if isinstance(network, DiT):
+                network.activation_checkpointing = config.activation_checkpointing
+                if config.compile:
+                    network.compile()
 
     def update(self, loss):
         """A step by the gradients at hand, and of the average, unless they or loss are not finite.
@@ -973,7 +975,7 @@ def relative_error(found, truth, reference=None):
 
 def sliced_w2(a, b, count=128):
     """Sliced 2-Wasserstein distance of two sets (N, ...): root mean square, over `count` fixed
-    directions, of the distance between sorted projections. Raises RuntimeError for unequal shapes.
+    directions, of the distance between sorted projections. Both sets need N samples.
     Two sets of one distribution are not 0 apart: their distance is the floor to compare with."""
     directions = nnf.normalize(torch.randn(a[0].numel(), count, generator=generator(0)), dim=0)
     a, b = ((v.flatten(1) @ directions.to(v)).sort(0).values for v in (a, b))
@@ -1080,7 +1082,8 @@ def draw_set(axis, x, name, columns=6):
         return
     picture = utils.make_grid(x[: columns**2].cpu(), columns, padding=1, pad_value=1).clamp(-1, 1)
     height, width = picture.shape[1:]
-    axis.imshow(picture.permute(1, 2, 0).numpy() / 2 + 0.5, extent=(0, width, height, 0))
+    axis.imshow(picture.permute(1, 2, 0).numpy() / 2 + 0.5, interpolation="nearest",
+                extent=(0, width, height, 0))
     axis.set(xlim=(0, width), ylim=(height, 0), box_aspect=height / width)
 
 
@@ -1188,10 +1191,13 @@ def explained(advice):
 
 def save(path, write):
     """Call write(file). The file at `path` is then replaced as a whole, or not at all."""
-    part = path.with_name(f"{path.name}.part")  # left over if the disk is full, never read
-    with explained("free some space, or give another --out"), open(part, "wb") as file:
-        write(file)
-    os.replace(part, path)
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with explained("free some space, or give another --out"), open(part, "wb") as file:
+            write(file)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load_points(path):
@@ -1252,6 +1258,8 @@ def load_network(path, kind, device="cpu", teacher_format="", num_heads=0):
             file = read_public(file, teacher_format, num_heads)
         if file.get("kind", kind) != kind:
             raise ValueError(f"it is a {file['kind']}")
+        if not all(v.isfinite().all() for v in file["ema"].values()):
+            raise ValueError("its weights are not all finite")
         with torch.device("meta"):  # without drawing random weights first: XL is large
             network = DiT(**file["network"])
         network.load_state_dict({k: v.float() for k, v in file["ema"].items()}, assign=True)
@@ -1271,14 +1279,15 @@ def load_student(path, device="cpu"):
 
 # Public teachers. SiT (arXiv 2401.08740) and REPA (arXiv 2410.06940) are DiTs with the same names.
 # What differs is folded into their weights: u(x, t) = SiT(x, 1 - t) = -REPA(x, t).
-WEIGHTS_IN = re.compile("shadow|model|state_dict|model_state_dict|.*ema.*")  # names in their files
+WEIGHTS_IN = re.compile(r"(\w+_)?ema(_model|_weights|_state_dict|_[\d.]+)?|shadow|"  # averages
+                        "model|state_dict|model_state_dict")
 
 
 def unwrap(file):
     """Returns a training script's tensors, the keys that lead to them, and its settings."""
     keys, tensors = [], file
     while nested := [k for k, v in tensors.items()
-                     if WEIGHTS_IN.fullmatch(k) and isinstance(v, dict)]:
+                     if isinstance(v, dict) and WEIGHTS_IN.fullmatch(str(k))]:
         keys.append(min(nested, key=lambda k: "ema" not in k))  # averages come first
         tensors = tensors[keys[-1]]
     prefix = re.compile(r"^((module|_orig_mod|model)\.)+")  # of DDP, torch.compile and others
@@ -1422,7 +1431,7 @@ def run_stage(kind, module, config, out, score=None):
     recent, interrupts, clock = [], [], time.perf_counter()
     signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
     bar = tqdm(train(module, config, state), kind, config.steps, initial=state.step,
-               disable=RANK > 0, mininterval=0.1 if sys.stderr.isatty() else 60)  # in a log file
+               disable=RANK > 0, mininterval=0.1 if sys.stderr.isatty() else 60, maxinterval=60)
     for step, metrics, _ in bar:
         is_stopped = mean_over_processes(torch.tensor(float(len(interrupts)))) > 0
         is_last = is_stopped or step == config.steps
@@ -1483,21 +1492,23 @@ def claim_folder(config, held, **sources):
     mine = json.loads(json.dumps({**mine, **sources}))  # as it comes back from the file
     for i in itertools.count(1):
         folder = Path(config.out or f"runs/{config.dataset}-{i}".removesuffix("-1"))
-        advice = f"{folder} cannot be used, or another process uses it: give another --out"
         file = folder / "config.json"
-        with explained(advice):
-            theirs = dict(json.loads(file.read_text())) if file.exists() else mine
-        if theirs == mine:  # a new folder, or the same run
-            break
+        lock = FileLock(folder / "lock", timeout=0)  # free again when its process dies
+        with explained(f"{folder} cannot be used: give another --out"):
+            folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(Timeout):
+                held.enter_context(lock)
+            theirs = dict(json.loads(file.read_text())) if file.exists() else {}
+        if lock.is_locked and theirs in ({}, mine):  # nobody uses it, and it is new or ours
+            save(file, lambda part: part.write(json.dumps(mine, indent=1).encode()))
+            return folder
+        held.close()
+        if theirs == mine:
+            raise UserError(f"{folder} is in use by another process: wait, or give another --out")
         if config.out:
             other = next(name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name))
             raise UserError(f"--out {folder} holds a run with {flag(other)} {theirs.get(other)}, "
                             f"not {mine.get(other)}: give another --out, or the same settings", 2)
-    with explained(advice):
-        folder.mkdir(parents=True, exist_ok=True)
-        held.enter_context(FileLock(folder / "lock", timeout=0))  # free when its process dies
-    save(file, lambda part: part.write(json.dumps(mine, indent=1).encode()))
-    return folder
 
 
 def new_network(data, config):
@@ -1557,7 +1568,8 @@ def run_training(given, device):
     parts = WORLD * config.micro_batches
     if config.batch_size % parts or config.corrections % parts:
         raise UserError(f"--batch-size {config.batch_size}, of which {config.corrections} correct, "
-                        f"does not split evenly: {WORLD} processes x {config.micro_batches}", 2)
+                        f"does not split evenly into {WORLD} processes x {config.micro_batches} "
+                        "--micro-batches", 2)
     if config.dataset == "toy2d":  # more threads gain nothing on networks as small as these
         torch.set_num_threads(1)
     if config.precision == "bfloat16":  # fast products also of what stays float32
@@ -1595,7 +1607,8 @@ def run_sampling(given, device):
     newest = max(runs, key=os.path.getmtime, default=Path("runs", dataset, "student.pt"))
     out = Path(given.get("out", newest.parent))
     network, file = load_network(out / "student.pt", "student", device)
-    theirs = json.loads(json.dumps(file["config"]))  # lists, as those of flags
+    theirs = {k: v for k, v in file["config"].items() if hasattr(Config, k)}  # of any version
+    theirs = json.loads(json.dumps(theirs))  # with lists, as those of flags
     for name, v in given.items():
         if name not in {*MAY_CHANGE, "seed"} and v != theirs[name]:
             raise UserError(f"{flag(name)} {v}: {out} has {theirs[name]}, give another --out", 2)
