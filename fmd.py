@@ -1141,7 +1141,8 @@ def plot_losses(log):
     for axis, (name, title) in zip(figure.subplots(1, len(SHOWN)), SHOWN.items()):
         points = [(line["step"], line[name]) for line in log if name in line]
         axis.plot(*np.array(points).reshape(-1, 2).T, color=COLORS[title.split(":")[0]])
-        axis.set(title=title, xlabel="step", yscale="log")
+        scale = "linear" if name == "flow_matching" else "log"  # a loss whose minimum is not 0
+        axis.set(title=title, xlabel="step", yscale=scale)
     return figure
 
 
