@@ -1389,7 +1389,7 @@ def check_teacher(teacher):
 
 
 def forwards_needed(module, config):
-    """Forwards of one sample that a training step needs. A backward pass is two, a jvp two."""
+    """Forwards of one sample that a step needs: a backward pass two, a jvp two (torch: three)."""
     training = 3 + config.activation_checkpointing
     teacher = 1 + config.is_guided
     if not isinstance(module, Distiller):
