@@ -166,8 +166,7 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     [7] says that D_G = 0. If it holds for all z and delta, f = phi: f(z, 0) = z, and an ODE has one
     solution from each start. Returns (B, C, H, W). F: F(z, delta), if the caller has computed it.
 
-    form: how dF/ddelta is computed. Raises ValueError for another form. (A third one, without the
-    derivative, is Distiller.solver_gradient.)
+    form: how dF/ddelta is computed, else ValueError. (Distiller.solver_gradient does without it.)
       jvp         forward-mode derivative, exact for these weights
       difference  (F(z, delta + s) - F(z, delta - s)) / 2s with s = spacing, one-sided at the ends
 
@@ -185,7 +184,7 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     # derivative is total: the partial one, plus that of F with respect to x_t times dx_t/dt.
     if form == "jvp":
         delta = delta.contiguous()  # jvp refuses an expanded tensor
-        # The kernel: fused attention has no forward-mode derivative.
+        # Plain attention, since fused attention has no forward-mode derivative.
         with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
             _, dF = torch.func.jvp(
                 lambda d: student.F(z, d, y, guidance), (delta,), (torch.ones_like(delta),))
@@ -228,7 +227,7 @@ def correction_gradient(v_N, u, x_r, r, y=None):
     return v_N - u(x_r, r, y)  # D_N of [11]
 
 
-EPS = 1e-3  # the paper's value is not known to us
+EPS = 1e-3  # of decay and lambda; the paper's value is not known to us
 
 
 def decay(D, k):
@@ -293,11 +292,10 @@ class Distiller(nn.Module):
             D_N = correction_gradient(v_N, u, x_r, r, y_N)
             lambda_ = config.alpha
             if len(z_G):
-                # Why lambda: it gives D_N the size of D_G, so the correction fades as the
-                # prediction succeeds. Why D_G before its decay (our choice): as D_G falls, the
-                # decayed one stays (k = 1/2) or even grows (k = 1). So the correction pulls alpha
-                # (||D_G||^2 / d + eps)^k times as hard as the prediction: less with a larger k, if
-                # D_G is small. The price: a small D_N is mostly the critic's error, made larger.
+                # Why lambda: it gives D_N the size of D_G, so the correction fades as D_G does. It
+                # takes D_G before its decay (our choice): decayed, it would keep its size (k = 1/2)
+                # or grow (k = 1). So the correction pulls alpha (||D_G||^2 / d + eps)^k times as
+                # hard as the prediction. The price: lambda enlarges the critic's error in D_N.
                 norm_G = mean_over_processes(mean_square(D_G).sqrt().mean())
                 norm_N = mean_over_processes(mean_square(D_N).sqrt().mean())
                 lambda_ = config.alpha * norm_G / (norm_N + EPS)
@@ -848,7 +846,7 @@ class TrainState:
                     network.compile()
 
     def update(self, loss):
-        """A step by the gradients at hand, and of the average, unless they or loss are not finite.
+        """One step of weights and average. It is skipped if loss or gradients are not finite.
         The learning rate is the peak times a linear rise times a linear fall to 0."""
         config, groups = self.config, self.optimizer.param_groups
         norms = [nn.utils.clip_grad_norm_(group["params"], self.CLIP) for group in groups]
@@ -887,7 +885,7 @@ def train(module, config, state=None):
     of scalar tensors. A generator: yields (step, metrics, state) after every step, from 1 on;
     state.ema is the averaged network. state: that of an earlier train of this module, to go on.
     Losses, gradients and metrics are means over processes and micro-batches, which need equally
-    many rows. (Only lambda is that of a micro-batch.) A step that is not finite is skipped; ten
+    many rows. (Only lambda belongs to one micro-batch.) A step that is not finite is skipped; ten
     consecutive ones raise UserError.
     """
     state = state or TrainState(module, config)
@@ -1280,16 +1278,16 @@ def load_student(path, device="cpu"):
 
 # Public teachers. SiT (arXiv 2401.08740) and REPA (arXiv 2410.06940) are DiTs with the same names.
 # What differs is folded into their weights: u(x, t) = SiT(x, 1 - t) = -REPA(x, t).
-WEIGHTS_IN = re.compile(r"(\w+_)?ema(_model|_weights|_state_dict|_[\d.]+)?|shadow|"  # averages
-                        "model|state_dict|model_state_dict")
+AVERAGE = re.compile(r"(\w+_)?ema(_model|_weights|_state_dict|_[\d.]+)?|shadow")  # names in files
+CURRENT = ("model", "state_dict", "model_state_dict")
 
 
 def unwrap(file):
     """Returns a training script's tensors, the keys that lead to them, and its settings."""
     keys, tensors = [], file
     while nested := [k for k, v in tensors.items()
-                     if isinstance(v, dict) and WEIGHTS_IN.fullmatch(str(k))]:
-        keys.append(min(nested, key=lambda k: "ema" not in k))  # averages come first
+                     if isinstance(v, dict) and (k in CURRENT or AVERAGE.fullmatch(str(k)))]:
+        keys.append(min(nested, key=lambda k: k in CURRENT))  # averages come first
         tensors = tensors[keys[-1]]
     prefix = re.compile(r"^((module|_orig_mod|model)\.)+")  # of DDP, torch.compile and others
     tensors = {prefix.sub("", name): v for name, v in tensors.items()}
@@ -1533,7 +1531,7 @@ def open_teacher(given, device):
         check_teacher(network)
     if not file.get("has_null", True):
         if given.get("guidance_max", 1) > 1 or given.get("guidance", 1) > 1:
-            raise UserError("guidance: this teacher has no null label, remove these flags", 2)
+            raise UserError("--guidance, --guidance-max: give 1, this teacher has no null label", 2)
         given.update(guidance_max=1.0, guidance=1.0, label_dropout=0.0)
     known = {"dataset": "imagenet", "toy": TOYS[0], **file.get("config", {}), **network.settings}
     for name in ("dataset", "toy", "hidden_size", "depth", "num_heads", "patch_size"):

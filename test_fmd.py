@@ -296,6 +296,9 @@ def test_draws_are_pure_functions_of_seed_stream_and_step(monkeypatch):
 def test_the_students_draw_is_as_described():
     c = fmd.Config(batch_size=4000, label_dropout=0.25, solver_interval=0.4, prediction="solver")
     module = fmd.Distiller(fmd.DiT(num_classes=5), None, None, c)
+    changed = dataclasses.replace(c)
+    changed.batch_size, changed.guidance_max = 8, 2.0  # a setting may change later
+    assert changed.corrections == 2 and changed.is_guided and not c.is_guided
 
     def draw(**changes):
         module.config = dataclasses.replace(c, **changes)
@@ -499,6 +502,10 @@ def test_a_student_starts_as_its_teacher_and_its_guidance_input_learns():
     student = fmd.DiT.from_teacher(teacher, guidance=True)
     assert torch.equal(fmd.DiT.from_teacher(teacher)(x, t, y), teacher(x, t, y))
     assert_close(student(x, t, y, strength), teacher(x, t, y))
+    built = fmd.DiT(**student.settings)  # its parameters have the order that an optimizer relies on
+    assert [*built.state_dict()] == [*student.state_dict()]
+    frozen = fmd.make_distiller(start(), fmd.Config())  # copies of a frozen teacher can be trained
+    assert all(p.requires_grad for p in [*frozen.network.parameters(), *frozen.critic.parameters()])
     before, optimizer = teacher(x, t, y), torch.optim.SGD(student.parameters(), 0.1)
     for _ in range(2):  # no gradient reaches the first layer while the last is zero
         student(x, t, y, strength).square().mean().backward()
@@ -1348,6 +1355,9 @@ def test_a_public_teacher_is_distilled_without_data_and_sampled(
     student = fmd.load_student(out / "student.pt")
     x = fmd.jump(student, z, torch.arange(10), torch.tensor([1.4]))
     assert_close(torch.from_numpy(found["arr_0"]), x.permute(0, 2, 3, 1))
+    other = torch.load(out / "student.pt", weights_only=True)
+    torch.save({**other, "config": {**other["config"], "gone": 1}}, out / "student.pt")
+    run(*flags)  # of another version, with a setting that is no longer there
 
 
 WRAPPERS = [lambda w: {"state_dict": {"_orig_mod." + k: v for k, v in w.items()}},
@@ -1355,6 +1365,7 @@ WRAPPERS = [lambda w: {"state_dict": {"_orig_mod." + k: v for k, v in w.items()}
             lambda w: {"model." + k: v for k, v in w.items()},
             lambda w: {"model": {k: 0 * v for k, v in w.items()}, "ema_0.9999": OrderedDict(w)},
             lambda w: {"state_dict": w, "ema": {"shadow": w, "decay": 0.99}},
+            lambda w: {"model": {k: 0 * v for k, v in w.items()}, "shadow": w},
             lambda w: {"schema": {}, 1: {}, "ema_config": {"decay": 0.9}, "model": w}]
 
 
@@ -1664,8 +1675,11 @@ def test_pictures_show_what_they_are_given():
     axes = fmd.plot_losses(log).axes
     assert [len(axis.lines[0].get_xdata()) for axis in axes] == [1, 1, 0, 1]
     path, jumps = torch.rand(2, 9, 5, 1, 4, 4) * 2 - 1
-    images = [axis.images[0].get_array() for axis in fmd.plot_filmstrip(path, jumps, lines=2).axes]
-    for image, x in zip(images, (path[:, 0], jumps[:, 0], path[:, 1], jumps[:, 1])):
+    strips = [axis.images[0] for axis in fmd.plot_filmstrip(path, jumps, lines=2).axes]
+    for strip, x in zip(strips, (path[:, 0], jumps[:, 0], path[:, 1], jumps[:, 1])):
+        image = strip.get_array()
+        assert strip.get_extent() == [*strip.axes.get_xlim(), *strip.axes.get_ylim()]
+        assert strip.get_interpolation() == "nearest"
         np.testing.assert_allclose(image[1:5, 1:5, 0], x[0, 0] / 2 + 0.5, atol=1e-6)
         np.testing.assert_allclose(image[1:5, -5:-1, 0], x[-1, 0] / 2 + 0.5, atol=1e-6)
 
