@@ -8,23 +8,25 @@ It follows Tong, Ma, Xie and Jaakkola, "Flow Map Distillation Without Data" (Fre
 Map: 1. The method (the paper's losses, in reading order: read this first)  2. Teachers  3. Network
 4. Data  5. Settings  6. Training. Skip at first: 7. Measures  8. Pictures  9. Files  10. Runs
 
-Conventions, everywhere in this file
-    t = 0 is data x, t = 1 is noise n ~ N(0, I), and x_t = (1 - t) x + t n in between.
-    u(x_t, t) is the teacher's velocity, trained to be E[x - n | x_t]. It points from noise to data,
-        so dx/dt = -u. (REPA has -u, and SiT's time runs the other way.)
-    delta = 1 - t is the progress of a path: sampling solves dx/d(delta) = u(x, 1 - delta).
-    phi(z, delta) is the state that the teacher's path from the noise z reaches at delta.
-    f(z, delta) = z + delta F(z, delta) is the student's phi. f(z, 1) is its one-step sample.
-    v_G = df/ddelta is the velocity of the student's map (G: generating).
-        D_G = v_G - u(f, 1 - delta)
-    v_N = E[x - n | x_r] is the velocity of the student's samples x, noised to x_r (N: noising).
-        D_N = v_N - u(x_r, r)
-    Samples are images (B, C, H, W) of d = C H W values; a point of the plane is 2 x 1 x 1.
-    t, delta, r and guidance (the strength gamma) are (B,), or (1,) if one value serves all.
-    Labels y are int64, (B,) or (1,). num_classes is the null label, "any class". So is y=None.
-
-The paper's equations: [7] v_G = u(f, 1 - delta). [8] the loss 1/2 ||F - sg(F - D_G)||^2, where sg
-means held constant. [9] its gradient, with D_G. [10] a KL divergence. [11] its gradient, with D_N.
+Notation, everywhere in this file
+    t              0 is data x, 1 is noise n ~ N(0, I); x_t = (1 - t) x + t n
+    u(x_t, t)      the teacher's velocity E[x - n | x_t]. It points to the data: dx/dt = -u
+    delta = 1 - t  the progress of a path: sampling solves dx/ddelta = u(x, 1 - delta)
+    phi(z, delta)  the state that the teacher's path from the noise z reaches at delta
+    f(z, delta)    the student's phi, f = z + delta F(z, delta). f(z, 1) is its one-step sample
+    dF/ddelta      the partial derivative: z is fixed
+    v_G, D_G       v_G = df/ddelta, the velocity of the student's map (G: generating)
+                   D_G = v_G - u(f, 1 - delta)
+    v_N, D_N       v_N = E[x - n | x_r] for the student's samples x, noised to x_r (N: noising)
+                   D_N = v_N - u(x_r, r). A critic learns v_N
+    y, guidance    the label, and gamma, the strength of guidance
+    sg             stop-gradient: held constant
+Shapes: x, z, n are images (B, C, H, W) of d = C H W values; a point of the plane is 2 x 1 x 1.
+    t, delta, r, guidance are (B,), or (1,) if one value serves all. y is int64, (B,) or (1,).
+    The label num_classes is the null label, "any class". y=None is the same.
+The paper's equations: [7] v_G = u(f, 1 - delta). [8] the loss 1/2 ||F - sg(F - D_G)||^2.
+    [9] the gradient of [8]. [10] KL divergences of noised samples, integrated over r. [11] the
+    gradient of [10], with D_N.
 
 Commands to paste; the same command continues a run that was interrupted
     python fmd.py --dataset toy2d                            # a 2-D toy: teacher, student, pictures
@@ -62,12 +64,12 @@ from torchvision import datasets, utils
 from tqdm import tqdm
 
 # 1. The method -----------------------------------------------------------------------------------
-# A teacher is anything that can be called as u(x, t, y) and returns a velocity. The student learns
-# its flow map with two losses: prediction compares v_G with u, correction compares v_N with u.
-# Why from noise alone: at t = 1 noised data and the teacher's states are both N(0, I). At other t a
-# guided or imperfect teacher passes through states that noised data rarely reach. Methods that
-# start from noised data hardly train the student in these states, but its long jumps are built from
-# short ones that pass through them (the teacher-data mismatch).
+# A teacher is any function u(x, t, y) that returns a velocity. The student learns its flow map with
+# two losses: prediction compares v_G with u, correction compares v_N with u.
+# Why from noise alone: a guided or imperfect teacher passes through states that noised data rarely
+# reach (the teacher-data mismatch). Methods that train on noised data learn little about these
+# states, but build their long jumps from short ones that pass through them. Only at t = 1 do noised
+# data and the teacher's states have the same distribution, N(0, I).
 
 
 def expand(v):
@@ -81,12 +83,10 @@ def interpolate(x, n, t):
 
 
 class FlowMap:
-    """The student: a velocity network read as F, the average velocity from t = 1 to t = 1 - delta.
-    It has no weights of its own, so it is not an nn.Module.
+    """The student: a network read as F, the average velocity from t = 1 to t = 1 - delta.
 
-    Why it starts with the teacher's weights: an average over no time is the velocity itself,
-    F(z, 0) = u(z, 1). So at strength 1 these weights are exactly right at delta = 0, and training
-    extends this to larger delta.
+    Why it starts with the teacher's weights: at delta = 0 the average is the velocity itself,
+    F(z, 0) = u(z, 1). There the teacher's weights are exact (at strength 1).
     """
 
     def __init__(self, network):
@@ -94,7 +94,7 @@ class FlowMap:
 
     def F(self, z, delta, y=None, guidance=None):
         """F(z, delta), (B, C, H, W). delta: (B,) or (1,) in [0, 1]. The network's input is always
-        the noise z; its time only says how far the jump goes."""
+        the noise z; its time only tells how far to jump."""
         return self.network(z, 1 - delta, y, guidance)
 
     def f(self, z, delta, y=None, guidance=None):
@@ -107,10 +107,10 @@ METHODS = {"euler": 1, "heun": 2, "rk4": 4}  # evaluations of u in a step
 
 @torch.no_grad()
 def solve_ode(u, z, steps, method="heun", y=None, return_path=False, t=1.0, length=1.0):
-    """Solve dx/d(delta) = u(x, 1 - delta) from x = z, in `steps` equal steps of a method above. By
-    default from noise, t = 1, to the sample phi(z, 1); in general from t to t - length, numbers or
-    (B,). Returns the last state (B, C, H, W), or with return_path all steps + 1 of them in one
-    tensor. Raises ValueError for no steps or another method."""
+    """Solve dx/ddelta = u(x, 1 - delta) from x = z, in `steps` equal steps. The default is from
+    noise, t = 1, to the sample phi(z, 1); in general it is from t to t - length, numbers or (B,).
+    Returns the last state (B, C, H, W), or with return_path all steps + 1 states, stacked.
+    Raises ValueError for no steps, or a method that is not in METHODS."""
     if steps < 1 or method not in METHODS:
         raise ValueError(f"solve_ode: {steps} steps of {method}; give 1 or more of {[*METHODS]}")
     t = torch.as_tensor(t, device=z.device).view(-1)
@@ -155,33 +155,24 @@ def mean_square(D):
     return D.flatten(1).square().mean(1)
 
 
-# Why no_grad, the paper's stop-gradient sg: [8] is regression of F on F - D_G = u(f) - delta
-# dF/ddelta, computed anew at every step. u(f) is held constant, or the loss could fall in a wrong
-# way, by moving f to where u is near v_G. dF/ddelta is held constant to save a second derivative.
-@torch.no_grad()  # a forward-mode jvp does not need autograd
+@torch.no_grad()  # sg: see its last lines; a forward-mode jvp does not need autograd
 def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp", spacing=0.005,
                         F=None):
-    """Predict: D_G = v_G - u(f, 1 - delta) of [9], where v_G = df/ddelta = F + delta dF/ddelta.
+    """Predict: D_G = v_G - u(f, 1 - delta) of [9], (B, C, H, W), with v_G = F + delta dF/ddelta.
 
-    [7] says that D_G = 0. If it holds for all z and delta, f = phi: f(z, 0) = z, and an ODE has one
-    solution from each start. Returns (B, C, H, W). F: F(z, delta), if the caller has computed it.
+    If D_G = 0 for all z and delta [7], f solves the teacher's ODE from f(z, 0) = z. This has one
+    solution, so f = phi.
 
-    form: how dF/ddelta is computed, else ValueError. (Distiller.solver_gradient does without it.)
+    F: F(z, delta), if the caller has computed it. form: how dF/ddelta is computed, else ValueError.
+    (The form solver does without it, see Distiller.solver_gradient.)
       jvp         forward-mode derivative, exact for these weights
       difference  (F(z, delta + s) - F(z, delta - s)) / 2s with s = spacing, one-sided at the ends
-
-    The price of evaluating u at f: while f is wrong, this is a wrong place, and errors compound.
-    The error e = f - phi obeys de/ddelta = D_G + u(f) - u(phi). With the rate at which u makes it
-    grow, L = <e, u(f) - u(phi)> / ||e||^2, d||e||/ddelta <= ||D_G|| + L ||e||, and so (Gronwall)
-        ||e|| at delta = 1 <= integral over delta of ||D_G|| exp(integral of L from delta to 1).
-    L is above 0 between modes, where paths part: a small early D_G can end as a large error. Inside
-    of a mode errors mostly shrink.
     """
     if F is None:
         F = student.F(z, delta, y, guidance)
-    # Why a partial derivative: the jump starts at the noise z, which stays, and only its end moves
-    # with delta. In MeanFlow the time t of the start moves, and with it the state x_t. So its
-    # derivative is total: the partial one, plus that of F with respect to x_t times dx_t/dt.
+    # Why a partial derivative: z is fixed, and only the end of the jump moves with delta. In
+    # MeanFlow the start (x_t, t) moves too. So its total derivative has one more term,
+    # (dF/dx_t) dx_t/dt.
     if form == "jvp":
         delta = delta.contiguous()  # jvp refuses an expanded tensor
         # Plain attention, since fused attention has no forward-mode derivative.
@@ -197,32 +188,37 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
         raise ValueError(f"prediction_gradient: {form} is not jvp or difference")
     # Why u is evaluated at f: the ODE says df/ddelta = u(f, 1 - delta). At the solution f is phi,
     # and until then f is computed without data and without a solver.
+    # Why D_G is held constant (sg): [8] then moves F to a target, F - D_G = u(f) - delta dF/ddelta.
+    # A gradient through u(f) could lower the loss in a wrong way, by moving f to where u is near
+    # v_G. A gradient through dF/ddelta would need a second derivative.
     f = z + expand(delta) * F
     return F + expand(delta) * dF - u(f, 1 - delta, y)  # [7] as a residual: D_G of [9]
 
 
-@torch.no_grad()  # sg, as above
+# Why prediction is not enough: while f is wrong, u is evaluated at a wrong place, and errors
+# compound. The error e = f - phi obeys de/ddelta = D_G + u(f) - u(phi). The rate at which u makes
+# it grow is L = <e, u(f) - u(phi)> / ||e||^2. So d||e||/ddelta <= ||D_G|| + L ||e||, and (Gronwall)
+#     ||e|| at delta = 1 <= integral over delta of ||D_G|| exp(integral of L from delta to 1).
+# Between modes paths part: L > 0, and a small early D_G can become a large error. Inside of a mode
+# L is mostly below 0, and errors shrink.
+@torch.no_grad()  # sg: D_N is constant too
 def correction_gradient(v_N, u, x_r, r, y=None):
-    """Correct: D_N = v_N - u(x_r, r) of [11]. Returns a constant (B, C, H, W).
+    """Correct: D_N = v_N - u(x_r, r) of [11], a constant (B, C, H, W). D_G judges one place of a
+    path, D_N compares the distributions in which all paths end.
 
-    v_N: values of E[x - n | x_r] for the student's samples x, noised: x_r = (1 - r) x + r n.
-
-    Why correct: training leaves a small D_G, and along the path errors compound. D_G compares one
-    place of a path, D_N the distributions in which all paths end.
-
-    Why the loss F(z, 1) . D_N, with D_N constant, descends a KL divergence:
-    1. The gradient of KL(student's x_r || teacher's x_r) [10] is
-           E[(dx_r/dtheta)^T (student's score - teacher's score)].
-       The student's log p changes too, but E[dlog p/dtheta] = 0.
-    2. A score, the gradient of log p, is -E[n | x_r] / r (Tweedie). With n = x_r - (1 - r) (x - n)
-       and v = E[x - n | x_r] it is ((1 - r) v - x_r) / r. So the scores differ by (1 - r) / r D_N.
+    Why the loss F(z, 1) . D_N descends a KL divergence, for each r. Let s be the score (the
+    gradient of log p) of the student's x_r, and s_u that of the teacher's.
+    1. The gradient of KL(student's x_r || teacher's x_r) is E[(dx_r/dtheta)^T (s - s_u)].
+       (The student's log p changes with theta too, but E[dlog p/dtheta] = 0.)
+    2. Tweedie: s = -E[n | x_r] / r. As n = x_r - (1 - r) (x - n), s = ((1 - r) v_N - x_r) / r.
+       s_u is the same with u. So s - s_u = (1 - r) / r D_N.
     3. x = z + F(z, 1), so dx_r/dtheta = (1 - r) dF/dtheta.
-    The product of 2 and 3 has the factor (1 - r)^2 / r, which the loss leaves out. This only
-    changes how much each noise level r counts.
+    Together: E[(1 - r)^2 / r (dF/dtheta)^T D_N]. Like [11], the loss leaves out the positive weight
+    (1 - r)^2 / r. This only changes how much each noise level r counts.
 
-    Why D_N is not zero even for a perfect student, if u is guided or learned: gamma u(.|y) +
-    (1 - gamma) u(.|null) is not a conditional mean, and networks have errors. Take the samples of
-    u's own ODE, noise them, compute E[x - n | x_r]: it is not exactly u. The KL is approximate.
+    Why D_N is not zero even for a perfect student: step 2 takes u for E[x - n | x_r] of the samples
+    of u's own ODE. A learned u is only near it, and a guided one, gamma u(.|y) + (1 - gamma)
+    u(.|null), is no conditional mean. So the KL is approximate; and v_N is learned too.
     """
     return v_N - u(x_r, r, y)  # D_N of [11]
 
@@ -233,30 +229,27 @@ EPS = 1e-3  # of decay and lambda; the paper's value is not known to us
 def decay(D, k):
     """D / (||D||^2 / d + eps)^k of each sample. (MeanFlow, arXiv 2505.13447, does not divide by d.)
 
-    What k does: a sample pulls with ||D||^(1 - 2k). At k = 0 the few large residuals dominate, at
-    1/2 all samples pull equally, at 1 large residuals pull less. (Residuals far below sqrt(eps) =
-    0.03 are divided by a constant.) The paper's FID (DiT-B/2) is about 12 for each k without
-    correction; with it 43.5 for k = 0, 10.6 for 1/2 and 5.6 for 1. A likely reason: where residuals
-    are large the losses disagree, and a larger k gives these samples less of the prediction. Here k
-    also sets the balance of the losses: see lambda in Distiller.forward.
+    What k does: a sample pulls with ||D||^(1 - 2k). At k = 0 large residuals dominate, at 1/2 all
+    samples pull equally, at 1 large residuals pull less. (All this where ||D||^2 / d is above eps.)
+    Why decay: where residuals are large the two losses may disagree most. This is our guess, and
+    the paper's FID (DiT-B/2) fits it: without correction it is about 12 for each k, with correction
+    43.5 for k = 0, 10.6 for 1/2 and 5.6 for 1.
     """
     return D / expand((mean_square(D) + EPS) ** k)
 
 
 class Distiller(nn.Module):
-    """The paper's loss. forward computes it for one training step: predict, correct, and train the
-    critic. train and TrainState.update of section 6 change the weights.
+    """The paper's loss: forward computes that of one training step, draw its batch. (train and
+    TrainState.update, section 6, change the weights.)
 
-    network: a velocity network, read as the student's F; critic: another, which learns v_N. Both
-    start as copies of the teacher: as the student learns, v_N comes near u.
-    teacher: u(x, t, y), never changed. config: a Config. The paper's values: prediction jvp or
-    difference, decay k = 1, alpha 0.3 to 3, r_location 0.8, correction_share 1/4. The share is not
-    a weight: each loss is a mean over its own rows.
+    network: a velocity network, read as the student's F. critic: another, which learns v_N. It too
+    starts as a copy of the teacher, since v_N comes near u as the student learns. teacher:
+    u(x, t, y), never changed. config: a Config.
 
-    Why the correction has its own guidance interval: with a guided u, D_N moves even a perfect
-    student (see correction_gradient). On digits a guided u pushes to more guidance, an unguided one
-    to less. [0, 0.7] trades one bias for the other: it guides about half of the rows, those with r
-    up to 0.7. The paper's FID (DiT-B/2) is then 5.6, with [0, 1] 8.7.
+    Why the correction has its own guidance interval: D_N is not zero even for a perfect student. On
+    digits, a guided u pulls to more guidance, an unguided u to less. The paper guides u for r up to
+    0.7 only, about half of the rows, so that the two nearly cancel. Its FID (DiT-B/2) is then 5.6,
+    with [0, 1] 8.7.
     """
 
     def __init__(self, network, critic, teacher, config):
@@ -267,7 +260,8 @@ class Distiller(nn.Module):
 
     def forward(self, z_G, y_G, delta, z_N, y_N, r, n, guidance_G=None, guidance_N=None, h=None):
         """Rows _G (generating) predict, rows _N (noising) correct. Returns loss and metrics."""
-        config, student, loss, metrics = self.config, FlowMap(self.network), 0.0, {}
+        config, student = self.config, FlowMap(self.network)
+        loss, metrics, D_G = 0.0, {}, None
         if len(z_G):  # Predict
             u = guided(self.teacher, guidance_G, config.guidance_interval)
             F = student.F(z_G, delta, y_G, guidance_G)
@@ -277,39 +271,46 @@ class Distiller(nn.Module):
                 D_G = prediction_gradient(student, u, z_G, delta, y_G, guidance_G,
                                           config.prediction, F=F)
             metrics["prediction"] = mean_square(D_G).mean()
-            # Why F * sg(D): its gradient is (dF/dtheta)^T D, that of 1/2 ||F - sg(F - D)||^2 [8],
-            # and D can be decayed first. The value, of either sign, means nothing: watch ||D_G||^2.
+            # Why F * sg(D): its gradient is that of [8], (dF/dtheta)^T D, and D can be decayed
+            # first. Its value, of either sign, means nothing: watch ||D_G||^2.
             loss = (F * decay(D_G, config.decay)).mean()  # its gradient is [9], decayed
         if len(z_N):  # Correct, at delta = 1: the paper found no gain at other delta
             u = guided(self.teacher, guidance_N, config.correction_interval)
             F = student.F(z_N, torch.ones_like(r), y_N, guidance_N)
             x = (z_N + F).detach()  # f(z, 1), one-step samples
             x_r = interpolate(x, n, r)
-            # Why a critic: the student's distribution has no closed form and changes at every step.
-            # Flow matching on fresh samples learns its velocity, for the same label and strength.
+            # Why a critic: v_N has no closed form and changes at every step. Flow matching on fresh
+            # samples learns it, for the same labels and strengths. x is detached, so critic_loss
+            # trains the critic alone.
             v_N = self.critic(x_r, r, y_N, guidance_N)
             critic_loss = (v_N - (x - n)).square().mean()
             D_N = correction_gradient(v_N, u, x_r, r, y_N)
-            lambda_ = config.alpha
-            if len(z_G):
-                # Why lambda: it gives D_N the size of D_G, so the correction fades as D_G does. It
-                # takes D_G before its decay (our choice): decayed, it would keep its size (k = 1/2)
-                # or grow (k = 1). So the correction pulls alpha (||D_G||^2 / d + eps)^k times as
-                # hard as the prediction. The price: lambda enlarges the critic's error in D_N.
-                norm_G = mean_over_processes(mean_square(D_G).sqrt().mean())
-                norm_N = mean_over_processes(mean_square(D_N).sqrt().mean())
-                lambda_ = config.alpha * norm_G / (norm_N + EPS)
-            # D_N is not decayed: a factor that depends on x_r would not descend a KL.
+            lambda_ = self.balance(D_G, D_N)
+            # D_N is not decayed: a factor that depends on x_r leaves no gradient of a KL.
             loss = loss + lambda_ * (F * D_N).mean()  # its gradient is [11]
-            loss = loss + critic_loss  # trains the critic alone, since x is detached
+            loss = loss + critic_loss
             metrics |= {"correction": mean_square(D_N).mean(), "critic": critic_loss,
-                        "lambda": torch.as_tensor(lambda_, device=r.device)}
+                        "lambda": lambda_}
         return loss, metrics
 
+    def balance(self, D_G, D_N):
+        """lambda = alpha E||D_G|| / E||D_N||, the weight of the correction; alpha without a D_G.
+
+        Why lambda: both norms change in training. lambda gives D_N the size of D_G, so the
+        correction fades as D_G does. D_G is taken before its decay (our choice): the decayed one
+        does not fade at k = 1/2, and grows at k = 1. The correction then pulls alpha
+        (||D_G||^2 / d + eps)^k times as hard as the prediction, which is decayed.
+        The price: as D_N becomes small, more of it is the critic's error, and lambda enlarges that.
+        """
+        if D_G is None:
+            return torch.tensor(self.config.alpha, device=D_N.device)
+        norm_G = mean_over_processes(mean_square(D_G).sqrt().mean())
+        norm_N = mean_over_processes(mean_square(D_N).sqrt().mean())
+        return self.config.alpha * norm_G / (norm_N + EPS)
+
     def draw(self, step):
-        """The batch of a training step, from the prior alone: {name: one row a sample}. With
-        guidance each row has a strength: it is an input of the student, so that one student serves
-        all strengths."""
+        """The batch of a step, from the prior alone: {name: tensor, one row for each sample}. With
+        guidance each row has its own strength, an input of the student: so one serves them all."""
         config, classes, shape = self.config, self.network.num_classes, self.network.shape
         g = generator(config.seed, STUDENT, step)  # see section 6: the same numbers for one step
         correct = config.corrections  # rows that correct
@@ -323,35 +324,34 @@ class Distiller(nn.Module):
             if config.is_guided:
                 strength = torch.rand(count, generator=g)
                 batch[f"guidance_{side}"] = 1 + (config.guidance_max - 1) * strength
-        # Stratified: each row draws U in a part of (0, 1] of its own. A delta_scale above 1 is for
-        # form solver: it puts many rows at delta = 1, where solver compares the sample f(z, 1)
-        # itself with the end of a solve. (jvp and difference compare only velocities there.)
+        # Stratified: (0, 1] has equal parts, and each row draws U in one of them. With delta_scale
+        # 2, for form solver, half of the rows have delta = 1 and learn the sample f(z, 1) itself.
         U = 1 - (torch.arange(predict) + torch.rand(predict, generator=g)) / predict
         batch["delta"] = (config.delta_scale * U).clamp(1e-3, 1)  # solver divides by delta
         if config.prediction == "solver":
             h = config.solver_interval * (0.5 + 0.5 * torch.rand(predict, generator=g))
             batch["h"] = torch.minimum(h, batch["delta"])  # h = delta: the row starts at z
         # Why r lies near the noise (median sigmoid(0.8) = 0.69): with little noise the x_r of
-        # student and teacher hardly overlap where the student is wrong, and D_N says nothing about
-        # modes that the student lacks. With much noise D_N can move whole modes and mend each one's
-        # share of the samples.
+        # student and teacher hardly overlap where the student is wrong, and D_N cannot see modes
+        # that the student lacks. With much noise they overlap, and D_N can move whole modes and
+        # correct their shares.
         batch["r"] = torch.sigmoid(config.r_location + torch.randn(correct, generator=g))
         batch["n"] = torch.randn(correct, *shape, generator=g)
         return batch
 
     @torch.no_grad()
     def solver_gradient(self, u, F, z, delta, h, y, guidance):
-        """The form `solver`, ours, in place of D_G. It needs no derivative: weights with a good F
-        can have a poor dF/ddelta. The student jumps to delta - h, and the teacher's ODE leads from
-        there to delta, to a state `end`. F learns (end - z) / delta, so (f(z, delta) - end) / delta
-        takes the place of D_G. Rows with delta = h start at z and learn the teacher's own path.
+        """The form `solver`, ours. It needs no dF/ddelta, which can be poor where F is good. A map
+        f_0 jumps from z to delta - h, and the teacher's ODE leads on from there to a state `end` at
+        delta. (f(z, delta) - end) / delta takes the place of D_G: it moves f(z, delta) to `end`.
+        f_0 is f or, with ema_target, its average, a less noisy target. Rows with h = delta start
+        at z and learn the teacher's own path.
 
-        For a short h, where f_0 is the map that jumps (f itself, or its average with ema_target):
-            f(z, delta) is about f(z, delta - h) + h v_G
-            end         is about f_0(z, delta - h) + h u
-            the result  is about h / delta D_G + (f - f_0)(z, delta - h) / delta
-        An average is a less noisy target, but f - f_0 does not shrink with h. So h must be long, or
-        the student would mostly follow its own average.
+        Why h is long: for a short h, f(z, delta) = f(z, delta - h) + h v_G and end =
+        f_0(z, delta - h) + h u, so
+            the result = h / delta D_G + (f - f_0)(z, delta - h) / delta.
+        The first part, what the teacher says, shrinks with h. The second does not: with ema_target
+        and a short h the student would mostly follow its own average.
         """
         start = (self.ema_student or FlowMap(self.network)).f(z, delta - h, y, guidance)
         end = solve_ode(u, start, self.config.solver_steps, "rk4", y, t=1 - delta + h, length=h)
@@ -359,7 +359,7 @@ class Distiller(nn.Module):
 
 
 # 2. Teachers -------------------------------------------------------------------------------------
-# The exact velocity of a Gaussian mixture, to measure errors against; flow matching, for any data.
+# The exact velocity of a Gaussian mixture, which toys are; flow matching, for any data.
 
 
 class GaussianMixture(nn.Module):
@@ -377,10 +377,10 @@ class GaussianMixture(nn.Module):
         self.center, self.scale = center, scale
 
     def forward(self, x, t, y=None):
-        """The exact u(x, t | y): (B, d, 1, 1), (B,) or (1,), (B,) or None -> (B, d, 1, 1).
-        p_t is a mixture with means (1 - t) mu_k and variance (1 - t)^2 blur^2 + t^2. Given k,
-        E[x - n | x_t] = mu_k + slope (x_t - (1 - t) mu_k), slope = Cov(x - n, x_t) / Var(x_t). As
-        this is linear in mu_k, the mean of mu_k given x_t takes its place."""
+        """The exact u(x, t | y), (B, d, 1, 1). x_t is a mixture too, with means (1 - t) mu_k and
+        variance (1 - t)^2 blur^2 + t^2. Given its component k, E[x - n | x_t] is linear in mu_k,
+        mu_k + slope (x_t - (1 - t) mu_k) with slope = Cov(x - n, x_t) / Var(x_t). So E[mu_k | x_t]
+        is all that is needed."""
         x_t = x.flatten(1)
         t = t[:, None]
         variance = (1 - t) ** 2 * self.blur**2 + t**2
@@ -447,7 +447,8 @@ class Embedder(nn.Module):
     def forward(self, v):
         frequencies = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=v.device))
         angle = v[:, None] * frequencies  # (B, 128)
-        # Kept in float32: with embedders and last layer in bfloat16 D_G has a larger error by half.
+        # Kept in float32: with embedders and last layer in bfloat16 the error of D_G is 1.5 times
+        # as large.
         with torch.autocast(v.device.type, enabled=False):
             return self.mlp(torch.cat([angle.cos(), angle.sin()], 1))
 
@@ -509,7 +510,7 @@ class DiT(nn.Module):
         self.register_buffer("pos_embed", torch.cat([columns, rows], 1)[None].float())  # (1, T, E)
         self.t_embedder = Embedder(E)
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, E)})
-        # register_module: from_teacher may fill the place later, in the same order of parameters
+        # register_module keeps the place: optimizer states follow the order of parameters.
         self.register_module("guidance_embedder", Embedder(E) if guidance else None)
         self.blocks = nn.ModuleList(Block(E, num_heads, qk_norm) for _ in range(depth))
         self.final_layer = nn.ModuleDict({
@@ -576,7 +577,7 @@ TOYS = ("checkerboard", "gaussians", "moons", "spirals", "rings")
 
 def make_toy(name):
     """One of TOYS as a GaussianMixture with a spread near 1. Raises KeyError for another name."""
-    # A point (x, y) is the number x + iy. A toy has means (labels, means of a label), and a blur.
+    # Skip at first. A point is the number x + iy. A toy is means (labels, means of one), and blur.
 
     def circle(N):
         return torch.polar(torch.ones(N), math.tau * torch.arange(N) / N)
@@ -630,7 +631,7 @@ class UserError(Exception):
 
 
 def option(default, help, low=-math.inf, high=math.inf, choices=None):
-    """A field of Config: default, help, closed range or choices."""
+    """A field of Config: its default, its help, its lowest and highest value, or its choices."""
     limits = {"help": help, "low": low, "high": high, "choices": choices}
     return dataclasses.field(default=default, metadata=limits)
 
@@ -656,7 +657,7 @@ class Config:
     toy: str = option("checkerboard", f"{', '.join(TOYS)}, or POINTS.npy with N x 2 numbers")
     data: str = option("data", "folder of MNIST and CIFAR-10, or ImageNet latents FILE.npy")
     teacher: str = option("", "distill this file of fmd, SiT or REPA; train no teacher")
-    teacher_format: str = option("", "if --teacher may be either", choices=["", "sit", "repa"])
+    teacher_format: str = option("", "if --teacher may be of either", choices=["", "sit", "repa"])
     trust_teacher: bool = option(False, "distill a teacher whose samples do not look like data")
     exact_teacher: bool = option(False, "distill a toy's exact velocity, from a trained start")
     student: str = option("", "start from this student.pt, instead of a copy of the teacher")
@@ -682,7 +683,7 @@ class Config:
     solver_steps: int = option(2, "form solver: RK4 steps of the teacher in an interval", 1)
     ema_target: bool = option(False, "form solver: jump with the student's averaged weights")
     decay: float = option(1.0, "k: D_G is divided by (||D_G||^2 / d + eps)^k", 0, 1)
-    # correction [10, 11]
+    # correction [10, 11]. The share is not a weight: each loss is a mean over its own rows.
     correction_share: float = option(0.25, "of the batch; 0: predict only, 1: correct only", 0, 1)
     alpha: float = option(1.0, "lambda = alpha E||D_G|| / E||D_N||", 0)
     r_location: float = option(0.8, "r = sigmoid(r_location + N(0, 1)); higher: more noise")
@@ -737,8 +738,8 @@ class Config:
         return self.guidance_max > 1
 
 
-# The defaults of Config, then PRESETS (what a data set needs), RECIPES (which algorithm), QUICK
-# (how large), then flags: a later one wins. So --dataset mnist has alpha 1, with --quick 0.3.
+# A later one wins: the defaults of Config, PRESETS (the data set), RECIPES (the algorithm), QUICK
+# (the size), flags. So --dataset mnist has alpha 1, with --quick 0.3.
 PICTURES = {"patch_size": 2, "hidden_size": 384, "depth": 12, "num_heads": 6, "ema_decay": 0.999,
             "guidance_max": 4.0, "guidance": 2.0, "correction_interval": (0.0, 0.7),
             "precision": "bfloat16", "eval_samples": 5000}
@@ -753,8 +754,9 @@ PRESETS = {
                  "teacher_learning_rate": 1e-4, "guidance_max": 3.0, "guidance": 1.4,
                  "ema_decay": 0.9999, "eval_samples": 2000},
 }
-# paper: defaults of Config and the correction_interval of PICTURES are the paper's values, where
-# we know them. fast: ours, measured on small models.
+# paper: the defaults of Config and the correction_interval of PICTURES, the paper's values where we
+# know them. (The paper has alpha from 0.3 to 3, and also the form difference.) fast: ours, measured
+# on small models.
 RECIPES = {"paper": {},
            "fast": {"prediction": "solver", "decay": 0.5, "alpha": 0.3, "delta_scale": 2.0,
                     "ema_target": True, "correction_share": 0.125}}
@@ -768,8 +770,8 @@ QUICK = {"toy2d": {"teacher_steps": 300, "steps": 300}, "mnist": SMALL, "cifar10
 
 
 def make_config(dataset="toy2d", recipe="", quick=False, **given):
-    """The settings of a data set: its preset, then those of a recipe ("paper" or "fast"; default:
-    fast for toys, otherwise paper), then the sizes of quick, then what is given."""
+    """The settings of a data set. recipe: "paper" or "fast"; by default fast for toys, otherwise
+    paper. given: settings that win over all others."""
     recipe = recipe or ("fast" if dataset == "toy2d" else "paper")
     sizes = QUICK.get(dataset, {}) if quick else {}
     settings = {**PRESETS[dataset], **RECIPES[recipe], **sizes, **given}
@@ -779,15 +781,16 @@ def make_config(dataset="toy2d", recipe="", quick=False, **given):
 # 6. Training -------------------------------------------------------------------------------------
 # One loop for both stages, and for any module with .network, .draw(step) and forward(**batch).
 
-# Only if torchrun launched this process: a RANK may be left in the environment from before.
+# Set by torchrun. Without it an old RANK may be left in the environment.
 LAUNCH = os.environ if distributed.is_torchelastic_launched() else {}
 RANK = int(LAUNCH.get("RANK", 0))  # process 0 of WORLD writes the files
 WORLD = int(LAUNCH.get("WORLD_SIZE", 1))
 LOG_INTERVAL = 50  # steps between lines of the log
-CHECKPOINT_INTERVAL = 500
-# Shown beside the progress bar, and as curves with these titles; the first word is the colour.
+CHECKPOINT_INTERVAL = 500  # steps that are lost at most if a run is killed
+# Shown beside the progress bar, and as curves: {metric: title}. A title's first word is its colour.
 SHOWN = {"flow_matching": "teacher: flow matching loss",
-         "prediction": "student: ||D_G||² / d", "correction": "critic: ||D_N||² / d",
+         "prediction": "student: prediction residual² / d",
+         "correction": "critic: ||D_N||² / d",
          "endpoint_error": "student: endpoint error"}
 
 
@@ -857,7 +860,7 @@ class TrainState:
             for group, peak in zip(groups, peaks):
                 group["lr"] = peak * rise * (1 - self.step / config.steps)
             self.optimizer.step()
-            # A short average at first: early weights are far from where they will be.
+            # The average is shorter at first, while the weights change fast.
             kept = min(config.ema_decay, (1 + self.step) / (10 + self.step))
             with torch.no_grad():
                 torch._foreach_lerp_(list(self.ema.parameters()), groups[0]["params"], 1 - kept)
@@ -866,9 +869,8 @@ class TrainState:
         self.skipped = 0 if is_finite else self.skipped + 1
 
     def write(self, path):
-        """Process 0 writes a checkpoint, and the log beside it. Not in it: states of random
-        generators, since draw(step) depends on seed and step only; data; the teacher, a file of its
-        own. After SIGKILL up to CHECKPOINT_INTERVAL steps are computed again."""
+        """Process 0 writes a checkpoint, and the log beside it. No state of a random generator is
+        needed, since draw(step) depends on seed and step only."""
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         checkpoint = {"kind": path.stem, "config": dataclasses.asdict(self.config), "log": self.log,
                       "network": self.ema.settings, "step": self.step, **parts}
@@ -879,23 +881,23 @@ class TrainState:
 
 
 def train(module, config, state=None):
-    """Train module.network, and module.critic if there is one, up to config.steps.
+    """Train module.network, and module.critic if there is one, up to config.steps. A generator: it
+    yields (step, metrics, state) after every step, from 1 on. state.ema is the averaged network.
 
-    module.draw(step) -> {name: tensor with one row a sample}; module(**batch) -> scalar loss, dict
-    of scalar tensors. A generator: yields (step, metrics, state) after every step, from 1 on;
-    state.ema is the averaged network. state: that of an earlier train of this module, to go on.
-    Losses, gradients and metrics are means over processes and micro-batches, which need equally
-    many rows. (Only lambda belongs to one micro-batch.) A step that is not finite is skipped; ten
-    consecutive ones raise UserError.
+    module.draw(step) -> {name: tensor, one row for each sample}. module(**batch) -> scalar loss,
+    {name: scalar tensor}. state: that of an earlier train of this module, to go on.
+    Loss, gradients and metrics are means over processes and micro-batches, which need equally many
+    rows. Only lambda is computed for each micro-batch alone. A step that is not finite is skipped;
+    ten consecutive ones raise UserError.
     """
     state = state or TrainState(module, config)
     state.config = config  # it may have more steps than before
     if config.ema_target:
         module.ema_student = FlowMap(state.ema)
     device = device_of(module.network)
-    # Why DDP wraps the loss, not a network: it synchronises gradients of what its own forward
-    # computes. The loss calls module.network itself and would bypass a DDP around it, silently:
-    # each process would then train on its own rows only.
+    # Why DDP wraps the loss, not a network: DDP averages gradients only if its own forward is
+    # called. The loss calls module.network itself and would bypass a DDP around that. Each process
+    # would then train on its own rows only, without a warning.
     parallel = nn.parallel.DistributedDataParallel(module) if WORLD > 1 else module
     count = config.micro_batches
     while state.step < config.steps:
@@ -914,7 +916,7 @@ def train(module, config, state=None):
         state.update(loss)
         if state.skipped == 10:
             raise UserError(f"step {state.step}: ten consecutive steps are not finite: lower the "
-                            "learning rate; the same command continues from the last checkpoint")
+                            "learning rate and run again, to continue from the last checkpoint")
         metrics = {**dict(zip(metrics, means)), "skipped": torch.tensor(float(state.skipped > 0))}
         yield state.step, metrics, state
 
@@ -981,8 +983,9 @@ def sliced_w2(a, b, count=128):
 
 
 def conditions(network, config, N):
-    """What N samples are conditioned on when measured. Labels in turn (N,), or without guidance the
-    null label (1,) if most of the training had it. The strength (1,), or None without guidance."""
+    """Label and strength of N samples that are measured. Labels: 0, 1, 2, ... in turn (N,), or the
+    null label (1,) if most of an unguided training had it. Strength: (1,), None without guidance.
+    """
     y = torch.arange(N, device=device_of(network)) % max(1, network.num_classes)
     if config.label_dropout > 0.5 and not config.is_guided:
         y = torch.full_like(y[:1], network.num_classes)
@@ -1003,10 +1006,10 @@ def endpoint_score(teacher, network, config):
 
 def evaluate(student, teacher, data, config, out, log):
     """Compare student and teacher: metrics.json, pictures, and the main numbers on the screen.
-    Endpoint error: from the student's sample to the end of the teacher's path, from the same noise.
-    SW2: from the student's samples to the teacher's from other noises; its floor is the SW2 of two
-    such sets of the teacher. With data also the SW2 to it, divided by that of two sets of data.
-    Samples have all labels equally often: with classes of unequal size they are farther from data.
+    Endpoint error: from the student's sample to the end of the teacher's path from the same noise.
+    SW2: from the student's samples to the teacher's from other noises, divided by its floor, the
+    SW2 of two such sets of the teacher. "SW2 to data" is the same with data. (All labels are
+    sampled equally often: if classes of the data have unequal sizes, this adds to the distance.)
     """
     N, network = config.eval_samples, student.network
     y, strength = conditions(network, config, N)
@@ -1176,7 +1179,7 @@ def save_pictures(network, metrics, sets, path, jumps, out):
 
 
 # 9. Files -----------------------------------------------------------------------------------------
-# What is read from files and written to them. Skip at first.
+# What is read from files and written to them; files of SiT and REPA. Skip at first.
 
 
 @contextlib.contextmanager
@@ -1277,7 +1280,8 @@ def load_student(path, device="cpu"):
 
 
 # Public teachers. SiT (arXiv 2401.08740) and REPA (arXiv 2410.06940) are DiTs with the same names.
-# What differs is folded into their weights: u(x, t) = SiT(x, 1 - t) = -REPA(x, t).
+# What differs is folded into their weights. SiT's time runs the other way: u(x, t) = SiT(x, 1 - t).
+# REPA's velocity is n - x: u(x, t) = -REPA(x, t).
 AVERAGE = re.compile(r"(\w+_)?ema(_model|_weights|_state_dict|_[\d.]+)?|shadow")  # names in files
 CURRENT = ("model", "state_dict", "model_state_dict")
 
@@ -1287,7 +1291,8 @@ def unwrap(file):
     keys, tensors = [], file
     while nested := [k for k, v in tensors.items()
                      if isinstance(v, dict) and (k in CURRENT or AVERAGE.fullmatch(str(k)))]:
-        keys.append(min(nested, key=lambda k: k in CURRENT))  # averages come first
+        averages = [k for k in nested if k not in CURRENT]
+        keys.append((averages or nested)[0])
         tensors = tensors[keys[-1]]
     prefix = re.compile(r"^((module|_orig_mod|model)\.)+")  # of DDP, torch.compile and others
     tensors = {prefix.sub("", name): v for name, v in tensors.items()}
@@ -1329,8 +1334,8 @@ def read_public(file, teacher_format="", num_heads=0):
     for name in [name for name in tensors if name.startswith("decoder_blocks.")]:
         _, i, rest = name.split(".", 2)
         tensors[f"blocks.{encoder + int(i)}.{rest}"] = tensors.pop(name)
-    # Time: SiT is called at 1 - t. cos(w - wt) = cos w cos wt + sin w sin wt, and sin(w - wt) =
-    # sin w cos wt - cos w sin wt. So the weights that meet them are combined in the same way.
+    # Time: SiT is called at 1 - t. cos(w - wt) and sin(w - wt) are linear in cos wt and sin wt, so
+    # combined weights of the first layer do the same.
     if origin == "SiT":
         w = torch.exp(-math.log(10000) / 128 * torch.arange(128, dtype=torch.float64))
         of_cos, of_sin = tensors["t_embedder.mlp.0.weight"].double().split(128, 1)
@@ -1384,10 +1389,156 @@ def check_teacher(teacher):
 
 
 # 10. Runs and the command line --------------------------------------------------------------------
+# main calls run_training or run_sampling. Functions are in the order of use. Skip at first.
+
+
+def make_parser():
+    """A flag for every field of Config."""
+    parser = argparse.ArgumentParser("fmd.py", "python fmd.py [flags]", __doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda text: parser.exit(2, f"fmd: {text}; python fmd.py --help lists flags\n")
+    special = {bool: {"action": argparse.BooleanOptionalAction},
+               tuple: {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}}
+    for f in dataclasses.fields(Config):
+        kind = special.get(f.type, {"type": f.type, "choices": f.metadata["choices"]})
+        text = f.metadata["help"]
+        of_toys = getattr(make_config(), f.name)
+        if f.default != "":
+            text += f" ({f.default})"
+        if of_toys != f.default:
+            text += f" (toys: {of_toys})"
+        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
+    return parser
+
+
+# Settings that may differ when a run continues. Of data, teacher and student the content is
+# compared, not the name; of a recipe, the settings that follow. steps may not change, as learning
+# rates fall over all of them. For more steps start a new run from --teacher and --student.
+MAY_CHANGE = {
+    "recipe", "quick", "stage", "out", "debug", "data", "teacher", "student", "trust_teacher",
+    "guidance", "learning_rate", "teacher_learning_rate", "critic_learning_rate", "device",
+    "compile", "micro_batches", "activation_checkpointing", "eval_samples", "samples",
+    "classes"}
+
+
+def claim_folder(config, held, **sources):
+    """Returns the folder of a run and writes its config.json, the settings that may not change.
+    It is --out, or the first of runs/toy2d, runs/toy2d-2, ... that is new or has the same settings.
+    held: an ExitStack, which gets the folder's lock. sources: sums of data and given networks.
+    Raises UserError if another run or another process has the folder."""
+    mine = {name: v for name, v in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
+    mine = json.loads(json.dumps({**mine, **sources}))  # as it comes back from the file
+    for i in itertools.count(1):
+        folder = Path(config.out or f"runs/{config.dataset}-{i}".removesuffix("-1"))
+        file = folder / "config.json"
+        lock = FileLock(folder / "lock", timeout=0)  # free again when its process dies
+        with explained(f"{folder} cannot be used: give another --out"):
+            folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(Timeout):
+                held.enter_context(lock)
+            theirs = dict(json.loads(file.read_text())) if file.exists() else {}
+        if lock.is_locked and theirs in ({}, mine):  # free, and new or ours
+            save(file, lambda part: part.write(json.dumps(mine, indent=1).encode()))
+            return folder
+        held.close()
+        if theirs == mine:  # ours, but in use
+            raise UserError(f"{folder} is in use by another process: wait, or give another --out")
+        if config.out:  # of another run; without --out the next name is tried
+            other = next(name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name))
+            raise UserError(f"--out {folder} holds a run with {flag(other)} {theirs.get(other)}, "
+                            f"not {mine.get(other)}: give another --out, or the same settings", 2)
+
+
+def new_network(data, config):
+    """A DiT for this data. Its first weights follow from the seed. Raises UserError."""
+    if data.shape[1] % config.patch_size:
+        raise UserError(f"--patch-size {config.patch_size} does not divide {data.shape[1]}", 2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(config.seed, WEIGHTS).initial_seed())
+        return DiT(data.shape[1], data.shape[0], data.num_classes, config.hidden_size, config.depth,
+                   config.num_heads, config.patch_size, fourier=config.dataset == "toy2d",
+                   center=data.center, scale=data.scale)  # public DiTs have no Fourier inputs
+
+
+def open_teacher(given, device):
+    """The network of --teacher. Adds the settings that it fixes to `given`. Raises UserError."""
+    told = given.get("teacher_format", ""), given.get("num_heads", 0)
+    network, file = load_network(given["teacher"], "teacher", device, *told)
+    if RANK == 0:
+        print(f"{given['teacher']}: {file.get('format', 'fmd')}, {network.settings}")
+    if "format" in file and not given.get("trust_teacher"):
+        check_teacher(network)
+    if not file.get("has_null", True):
+        if given.get("guidance_max", 1) > 1 or given.get("guidance", 1) > 1:
+            raise UserError("--guidance, --guidance-max: give 1, this teacher has no null label", 2)
+        given.update(guidance_max=1.0, guidance=1.0, label_dropout=0.0)
+    known = {"dataset": "imagenet", "toy": TOYS[0], **file.get("config", {}), **network.settings}
+    for name in ("dataset", "toy", "hidden_size", "depth", "num_heads", "patch_size"):
+        if given.setdefault(name, known[name]) != known[name]:
+            raise UserError(f"{flag(name)} {given[name]}: this teacher has {known[name]}", 2)
+    return network
+
+
+def run_training(given, device):
+    """Train a teacher, distill it, compare the two. What cannot work is refused before."""
+    teacher = open_teacher(given, device) if given.get("teacher") else None
+    config = make_config(**given)
+    start = load_student(config.student, device).network if config.student else None
+    # Sums tell one teacher, student or data set from another.
+    sources = {name: f"of sum {network.final_layer.linear.weight.cpu().double().sum()}"
+               for name, network in (("teacher", teacher), ("student", start)) if network}
+    data = None
+    if teacher is None or config.dataset == "toy2d":
+        data = open_data(config)
+        x, y = data.draw(64, generator(0))
+        place = {"center": data.center, "scale": data.scale}
+        if teacher and not place.items() <= teacher.settings.items():
+            raise UserError(f"--toy {config.toy}: these are not this teacher's points", 2)
+        total = (x.double().flatten(1).sum(1) * (y + 1)).sum()  # depends on the order of labels
+        sources["data"] = f"of sum {total}, {len(data.labels)} rows, {place}"
+    network = teacher or new_network(data, config).to(device)
+    sizes = {**network.settings, "guidance": config.is_guided}
+    if start and (teacher is None or start.settings != sizes):
+        raise UserError("--student: give its --teacher too, and its sizes and guidance", 2)
+    if config.exact_teacher and not getattr(data, "has_density", False):
+        raise UserError("--exact-teacher: only toys have one, with 2000 points at most", 2)
+    # The mean of the losses of unequal parts would not be the loss of the batch.
+    parts = WORLD * config.micro_batches
+    if config.batch_size % parts or config.corrections % parts:
+        raise UserError(f"--batch-size {config.batch_size}, of which {config.corrections} correct, "
+                        f"does not split evenly into {WORLD} processes x {config.micro_batches} "
+                        "--micro-batches", 2)
+    if config.dataset == "toy2d":  # more threads gain nothing on networks as small as these
+        torch.set_num_threads(1)
+    if config.precision == "bfloat16":  # fast products also of what stays float32
+        torch.set_float32_matmul_precision("high")
+    with contextlib.ExitStack() as held:
+        out = [claim_folder(config, held, **sources) if RANK == 0 else None]
+        if WORLD > 1:
+            distributed.broadcast_object_list(out)
+        run_stages(network, start, data, config, out[0])
+
+
+def run_stages(teacher, start, data, config, out):
+    """The stages of a run; one that is finished is only loaded. teacher: its network, to be trained
+    first if there is no --teacher. start: the network of --student, or None."""
+    log = []
+    if not config.teacher:
+        first = dataclasses.replace(config, steps=config.teacher_steps,
+                                    learning_rate=config.teacher_learning_rate)
+        teacher, log = run_stage("teacher", FlowMatching(teacher, data, first), first, out)
+    if config.stage == "all":
+        exact = copy.deepcopy(data) if config.exact_teacher else None  # data stays on the CPU
+        distiller = make_distiller(teacher, config, exact, start)
+        score = endpoint_score(distiller.teacher, teacher, config)
+        network, more = run_stage("student", distiller, config, out, score)
+        if RANK == 0:
+            evaluate(FlowMap(network), distiller.teacher, data, config, out, log + more)
 
 
 def forwards_needed(module, config):
-    """Forwards of one sample that a step needs: a backward pass two, a jvp two (torch: three)."""
+    """The cost of a step in forwards of one sample: a backward pass is two, a jvp two (though torch
+    spends three: the count is what the method needs)."""
     training = 3 + config.activation_checkpointing
     teacher = 1 + config.is_guided
     if not isinstance(module, Distiller):
@@ -1453,154 +1604,10 @@ def run_stage(kind, module, config, out, score=None):
     return state.ema, state.log
 
 
-def make_parser():
-    """A flag for every field of Config."""
-    parser = argparse.ArgumentParser("fmd.py", "python fmd.py [flags]", __doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda text: parser.exit(2, f"fmd: {text}; python fmd.py --help lists flags\n")
-    special = {bool: {"action": argparse.BooleanOptionalAction},
-               tuple: {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}}
-    for f in dataclasses.fields(Config):
-        kind = special.get(f.type, {"type": f.type, "choices": f.metadata["choices"]})
-        text = f.metadata["help"]
-        of_toys = getattr(make_config(), f.name)
-        if f.default != "":
-            text += f" ({f.default})"
-        if of_toys != f.default:
-            text += f" (toys: {of_toys})"
-        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
-    return parser
-
-
-# Settings that may differ when a run continues: those of speed and of measures, learning rates, and
-# names whose content is compared instead (recipe, data, teacher, student). steps may not: learning
-# rates fall over all of them. For more steps start a new run from --teacher and --student.
-MAY_CHANGE = {
-    "recipe", "quick", "stage", "out", "debug", "data", "teacher", "student", "trust_teacher",
-    "guidance", "learning_rate", "teacher_learning_rate", "critic_learning_rate", "device",
-    "compile", "micro_batches", "activation_checkpointing", "eval_samples", "samples",
-    "classes"}
-
-
-def claim_folder(config, held, **sources):
-    """Returns the folder of a run and writes its config.json, the settings that decide its weights.
-    It is --out, or the first of runs/toy2d, runs/toy2d-2, ... that is new or has the same settings.
-    held: an ExitStack, which gets the folder's lock. sources: sums of data and given networks.
-    Raises UserError if another run or another process has the folder."""
-    mine = {name: v for name, v in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
-    mine = json.loads(json.dumps({**mine, **sources}))  # as it comes back from the file
-    for i in itertools.count(1):
-        folder = Path(config.out or f"runs/{config.dataset}-{i}".removesuffix("-1"))
-        file = folder / "config.json"
-        lock = FileLock(folder / "lock", timeout=0)  # free again when its process dies
-        with explained(f"{folder} cannot be used: give another --out"):
-            folder.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(Timeout):
-                held.enter_context(lock)
-            theirs = dict(json.loads(file.read_text())) if file.exists() else {}
-        if lock.is_locked and theirs in ({}, mine):  # nobody uses it, and it is new or ours
-            save(file, lambda part: part.write(json.dumps(mine, indent=1).encode()))
-            return folder
-        held.close()
-        if theirs == mine:
-            raise UserError(f"{folder} is in use by another process: wait, or give another --out")
-        if config.out:
-            other = next(name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name))
-            raise UserError(f"--out {folder} holds a run with {flag(other)} {theirs.get(other)}, "
-                            f"not {mine.get(other)}: give another --out, or the same settings", 2)
-
-
-def new_network(data, config):
-    """A DiT for this data. Its first weights follow from the seed. Raises UserError."""
-    if data.shape[1] % config.patch_size:
-        raise UserError(f"--patch-size {config.patch_size} does not divide {data.shape[1]}", 2)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(config.seed, WEIGHTS).initial_seed())
-        return DiT(data.shape[1], data.shape[0], data.num_classes, config.hidden_size, config.depth,
-                   config.num_heads, config.patch_size, fourier=config.dataset == "toy2d",
-                   center=data.center, scale=data.scale)  # public DiTs have no Fourier inputs
-
-
-def open_teacher(given, device):
-    """The network of --teacher. Adds the settings that it fixes to `given`. Raises UserError."""
-    told = given.get("teacher_format", ""), given.get("num_heads", 0)
-    network, file = load_network(given["teacher"], "teacher", device, *told)
-    if RANK == 0:
-        print(f"{given['teacher']}: {file.get('format', 'fmd')}, {network.settings}")
-    if "format" in file and not given.get("trust_teacher"):
-        check_teacher(network)
-    if not file.get("has_null", True):
-        if given.get("guidance_max", 1) > 1 or given.get("guidance", 1) > 1:
-            raise UserError("--guidance, --guidance-max: give 1, this teacher has no null label", 2)
-        given.update(guidance_max=1.0, guidance=1.0, label_dropout=0.0)
-    known = {"dataset": "imagenet", "toy": TOYS[0], **file.get("config", {}), **network.settings}
-    for name in ("dataset", "toy", "hidden_size", "depth", "num_heads", "patch_size"):
-        if given.setdefault(name, known[name]) != known[name]:
-            raise UserError(f"{flag(name)} {given[name]}: this teacher has {known[name]}", 2)
-    return network
-
-
-def run_training(given, device):
-    """Train a teacher, distill it, compare the two. What cannot work is refused before."""
-    teacher = open_teacher(given, device) if given.get("teacher") else None
-    config = make_config(**given)
-    start = load_student(config.student, device).network if config.student else None
-    # Sums tell one teacher, student or data set from another.
-    sources = {name: f"of sum {network.final_layer.linear.weight.cpu().double().sum()}"
-               for name, network in (("teacher", teacher), ("student", start)) if network}
-    data = None
-    if teacher is None or config.dataset == "toy2d":
-        data = open_data(config)
-        x, y = data.draw(64, generator(0))
-        place = {"center": data.center, "scale": data.scale}
-        if teacher and not place.items() <= teacher.settings.items():
-            raise UserError(f"--toy {config.toy}: these are not this teacher's points", 2)
-        total = (x.double().flatten(1).sum(1) * (y + 1)).sum()  # depends on the order of labels
-        sources["data"] = f"of sum {total}, {len(data.labels)} rows, {place}"
-    network = teacher or new_network(data, config).to(device)
-    sizes = {**network.settings, "guidance": config.is_guided}
-    if start and (teacher is None or start.settings != sizes):
-        raise UserError("--student: give its --teacher too, and its sizes and guidance", 2)
-    if config.exact_teacher and not getattr(data, "has_density", False):
-        raise UserError("--exact-teacher: only toys have one, with 2000 points at most", 2)
-    # Parts of unequal length would have a mean of losses that is not the loss of the batch.
-    parts = WORLD * config.micro_batches
-    if config.batch_size % parts or config.corrections % parts:
-        raise UserError(f"--batch-size {config.batch_size}, of which {config.corrections} correct, "
-                        f"does not split evenly into {WORLD} processes x {config.micro_batches} "
-                        "--micro-batches", 2)
-    if config.dataset == "toy2d":  # more threads gain nothing on networks as small as these
-        torch.set_num_threads(1)
-    if config.precision == "bfloat16":  # fast products also of what stays float32
-        torch.set_float32_matmul_precision("high")
-    with contextlib.ExitStack() as held:
-        out = [claim_folder(config, held, **sources) if RANK == 0 else None]
-        if WORLD > 1:
-            distributed.broadcast_object_list(out)
-        run_stages(network, start, data, config, out[0])
-
-
-def run_stages(teacher, start, data, config, out):
-    """The stages of a run; one that is finished is only loaded. teacher: its network, to be trained
-    first if there is no --teacher. start: the network of --student, or None."""
-    log = []
-    if not config.teacher:
-        first = dataclasses.replace(config, steps=config.teacher_steps,
-                                    learning_rate=config.teacher_learning_rate)
-        teacher, log = run_stage("teacher", FlowMatching(teacher, data, first), first, out)
-    if config.stage == "all":
-        exact = copy.deepcopy(data) if config.exact_teacher else None  # data stays on the CPU
-        distiller = make_distiller(teacher, config, exact, start)
-        score = endpoint_score(distiller.teacher, teacher, config)
-        network, more = run_stage("student", distiller, config, out, score)
-        if RANK == 0:
-            evaluate(FlowMap(network), distiller.teacher, data, config, out, log + more)
-
-
 def run_sampling(given, device):
     """Draw samples of the student in --out, or of the newest run of the data set: samples.png, and
-    samples.npz in the layout of ADM's evaluation. arr_0 is pictures in uint8 (N, H, W, C), latents
-    (N, H, W, C), or points (N, 2); arr_1 is labels (N,). Every process computes its share."""
+    samples.npz in the layout of ADM's evaluation: arr_0 is uint8 pictures or latents (N, H, W, C),
+    or points (N, 2); arr_1 is labels (N,). Every process computes its share."""
     dataset = given.get("dataset", "toy2d")
     runs = Path("runs").glob(f"{dataset}*/student.pt")
     newest = max(runs, key=os.path.getmtime, default=Path("runs", dataset, "student.pt"))
@@ -1646,9 +1653,10 @@ def main(argv=None):
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # as Ctrl-C
     warnings.filterwarnings("ignore", module="torch")  # torch's own, about what jvp uses
     try:
-        if WORLD > 1:  # process 0 may measure or download for long while the others wait
-            distributed.init_process_group(timeout=datetime.timedelta(minutes=60))
         name = given.get("device", Config.device)
+        if WORLD > 1:  # process 0 may measure or download for long while the others wait
+            distributed.init_process_group("gloo" if name == "cpu" else None,
+                                           timeout=datetime.timedelta(minutes=60))
         with explained("--device: not on this machine, or fewer GPUs than processes: give cpu"):
             if WORLD > 1 and name == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

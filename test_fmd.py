@@ -1645,10 +1645,12 @@ def test_processes_stop_together_and_refuse_together(tmp_path, monkeypatch):
 
 def test_more_processes_than_gpus_are_one_line(monkeypatch, capsys):
     monkeypatch.setattr(fmd, "WORLD", 2)
-    monkeypatch.setattr(fmd.distributed, "init_process_group", lambda timeout: None)
+    used = []
+    monkeypatch.setattr(
+        fmd.distributed, "init_process_group", lambda backend, timeout: used.append(backend))
     monkeypatch.setenv("LOCAL_RANK", "99")
     line = run("--device", "cuda", status=1, capsys=capsys)
-    assert "fewer GPUs than processes" in line
+    assert "fewer GPUs than processes" in line and used == [None]  # torch's choice for its devices
 
 
 # --- Pictures of a run ---------------------------------------------------------------------------
