@@ -15,10 +15,10 @@ Notation, everywhere in this file
     phi(z, delta)  the state that the teacher's path from the noise z reaches at delta
     f(z, delta)    the student's phi, f = z + delta F(z, delta). f(z, 1) is its one-step sample
     dF/ddelta      the partial derivative: z is fixed
-    v_G, D_G       v_G = df/ddelta, the velocity of the student's map (G: generating)
+    v_G, D_G       v_G = df/ddelta, the velocity of the student's map (G: generating, predicting)
                    D_G = v_G - u(f, 1 - delta)
-    v_N, D_N       v_N = E[x - n | x_r] for the student's samples x, noised to x_r (N: noising)
-                   D_N = v_N - u(x_r, r). A critic learns v_N
+    v_N, D_N       v_N = E[x - n | x_r] for the student's samples x, noised to x_r (N: noising,
+                   correcting); a critic learns it. D_N = v_N - u(x_r, r)
     y, guidance    the label, and gamma, the strength of guidance
     sg             stop-gradient: held constant
 Shapes: x, z, n are images (B, C, H, W) of d = C H W values; a point of the plane is 2 x 1 x 1.
@@ -67,9 +67,9 @@ from tqdm import tqdm
 # A teacher is any function u(x, t, y) that returns a velocity. The student learns its flow map with
 # two losses: prediction compares v_G with u, correction compares v_N with u.
 # Why from noise alone: a guided or imperfect teacher passes through states that noised data rarely
-# reach (the teacher-data mismatch). Methods that train on noised data learn little about these
-# states, but build their long jumps from short ones that pass through them. Only at t = 1 do noised
-# data and the teacher's states have the same distribution, N(0, I).
+# reach (the teacher-data mismatch). Methods that train on noised data, as MeanFlow, learn little
+# about these states, but build long jumps from short ones that pass through them. Only at t = 1 do
+# noised data and the teacher's states have the same distribution, N(0, I).
 
 
 def expand(v):
@@ -155,7 +155,7 @@ def mean_square(D):
     return D.flatten(1).square().mean(1)
 
 
-@torch.no_grad()  # sg: see its last lines; a forward-mode jvp does not need autograd
+@torch.no_grad()  # sg: D_G is constant, see "Why" below. A forward-mode jvp needs no autograd.
 def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp", spacing=0.005,
                         F=None):
     """Predict: D_G = v_G - u(f, 1 - delta) of [9], (B, C, H, W), with v_G = F + delta dF/ddelta.
@@ -166,13 +166,13 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     F: F(z, delta), if the caller has computed it. form: how dF/ddelta is computed, else ValueError.
     (The form solver does without it, see Distiller.solver_gradient.)
       jvp         forward-mode derivative, exact for these weights
-      difference  (F(z, delta + s) - F(z, delta - s)) / 2s with s = spacing, one-sided at the ends
+      difference  of F at delta + spacing and delta - spacing, one-sided at the ends
     """
     if F is None:
         F = student.F(z, delta, y, guidance)
     # Why a partial derivative: z is fixed, and only the end of the jump moves with delta. In
-    # MeanFlow the start (x_t, t) moves too. So its total derivative has one more term,
-    # (dF/dx_t) dx_t/dt.
+    # MeanFlow the end is fixed, and the start (x_t, t) moves. So its derivative is total: it has
+    # one more term, (dF/dx_t) dx_t/dt.
     if form == "jvp":
         delta = delta.contiguous()  # jvp refuses an expanded tensor
         # Plain attention, since fused attention has no forward-mode derivative.
@@ -189,18 +189,19 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     # Why u is evaluated at f: the ODE says df/ddelta = u(f, 1 - delta). At the solution f is phi,
     # and until then f is computed without data and without a solver.
     # Why D_G is held constant (sg): [8] then moves F to a target, F - D_G = u(f) - delta dF/ddelta.
-    # A gradient through u(f) could lower the loss in a wrong way, by moving f to where u is near
-    # v_G. A gradient through dF/ddelta would need a second derivative.
+    # A gradient through u(f) could lower the loss without mending v_G, by moving f to where u is
+    # near it. A gradient through dF/ddelta would need a second derivative.
     f = z + expand(delta) * F
     return F + expand(delta) * dF - u(f, 1 - delta, y)  # [7] as a residual: D_G of [9]
 
 
-# Why prediction is not enough: while f is wrong, u is evaluated at a wrong place, and errors
-# compound. The error e = f - phi obeys de/ddelta = D_G + u(f) - u(phi). The rate at which u makes
-# it grow is L = <e, u(f) - u(phi)> / ||e||^2. So d||e||/ddelta <= ||D_G|| + L ||e||, and (Gronwall)
+# Why prediction is not enough: u is evaluated at f, not at phi, and errors may compound. The error
+# e = f - phi starts at 0 and obeys
+#     de/ddelta = D_G + (u(f) - u(phi)).
+# The second term lets ||e|| grow at the rate L = <e, u(f) - u(phi)> / ||e||^2. So (Gronwall)
 #     ||e|| at delta = 1 <= integral over delta of ||D_G|| exp(integral of L from delta to 1).
-# Between modes paths part: L > 0, and a small early D_G can become a large error. Inside of a mode
-# L is mostly below 0, and errors shrink.
+# Between modes paths part, L > 0: a small D_G at an early delta can become a large error. Inside of
+# a mode L is mostly below 0, and errors shrink.
 @torch.no_grad()  # sg: D_N is constant too
 def correction_gradient(v_N, u, x_r, r, y=None):
     """Correct: D_N = v_N - u(x_r, r) of [11], a constant (B, C, H, W). D_G judges one place of a
@@ -231,9 +232,9 @@ def decay(D, k):
 
     What k does: a sample pulls with ||D||^(1 - 2k). At k = 0 large residuals dominate, at 1/2 all
     samples pull equally, at 1 large residuals pull less. (All this where ||D||^2 / d is above eps.)
-    Why decay: where residuals are large the two losses may disagree most. This is our guess, and
-    the paper's FID (DiT-B/2) fits it: without correction it is about 12 for each k, with correction
-    43.5 for k = 0, 10.6 for 1/2 and 5.6 for 1.
+    Why decay: the paper's FID (DiT-B/2) is about 12 for each k without correction, with correction
+    43.5 for k = 0, 10.6 for 1/2 and 5.6 for 1. We see two possible reasons. Where residuals are
+    large the two losses may disagree most. And a larger k weakens the correction, see balance.
     """
     return D / expand((mean_square(D) + EPS) ** k)
 
@@ -246,10 +247,10 @@ class Distiller(nn.Module):
     starts as a copy of the teacher, since v_N comes near u as the student learns. teacher:
     u(x, t, y), never changed. config: a Config.
 
-    Why the correction has its own guidance interval: D_N is not zero even for a perfect student. On
-    digits, a guided u pulls to more guidance, an unguided u to less. The paper guides u for r up to
-    0.7 only, about half of the rows, so that the two nearly cancel. Its FID (DiT-B/2) is then 5.6,
-    with [0, 1] 8.7.
+    Why the correction has its own guidance interval: D_N is not zero even for a perfect student.
+    We measured on digits that a guided u pulls to more guidance, an unguided u to less. The paper
+    guides u for r up to 0.7 only, about half of the rows: the two partly cancel. Its FID (DiT-B/2)
+    is then 5.6, with [0, 1] 8.7.
     """
 
     def __init__(self, network, critic, teacher, config):
@@ -286,7 +287,7 @@ class Distiller(nn.Module):
             critic_loss = (v_N - (x - n)).square().mean()
             D_N = correction_gradient(v_N, u, x_r, r, y_N)
             lambda_ = self.balance(D_G, D_N)
-            # D_N is not decayed: a factor that depends on x_r leaves no gradient of a KL.
+            # D_N is not decayed: times a factor that depends on x_r it is no gradient of a KL.
             loss = loss + lambda_ * (F * D_N).mean()  # its gradient is [11]
             loss = loss + critic_loss
             metrics |= {"correction": mean_square(D_N).mean(), "critic": critic_loss,
@@ -294,13 +295,14 @@ class Distiller(nn.Module):
         return loss, metrics
 
     def balance(self, D_G, D_N):
-        """lambda = alpha E||D_G|| / E||D_N||, the weight of the correction; alpha without a D_G.
+        """lambda = alpha E||D_G|| / (E||D_N|| + eps), the weight of the correction; alpha if there
+        is no D_G.
 
         Why lambda: both norms change in training. lambda gives D_N the size of D_G, so the
-        correction fades as D_G does. D_G is taken before its decay (our choice): the decayed one
-        does not fade at k = 1/2, and grows at k = 1. The correction then pulls alpha
-        (||D_G||^2 / d + eps)^k times as hard as the prediction, which is decayed.
-        The price: as D_N becomes small, more of it is the critic's error, and lambda enlarges that.
+        correction fades as D_G does. It takes D_G before its decay (our choice): decayed, D_G has
+        the size ||D_G||^(1 - 2k), which does not fade at k = 1/2 and grows at k = 1. So beside the
+        decayed prediction the correction has the weight alpha (||D_G||^2 / d + eps)^k.
+        The price: where D_N is small, more of it is the critic's error, and lambda enlarges that.
         """
         if D_G is None:
             return torch.tensor(self.config.alpha, device=D_N.device)
@@ -310,7 +312,7 @@ class Distiller(nn.Module):
 
     def draw(self, step):
         """The batch of a step, from the prior alone: {name: tensor, one row for each sample}. With
-        guidance each row has its own strength, an input of the student: so one serves them all."""
+        guidance each row has a strength, an input of the student: one student serves them all."""
         config, classes, shape = self.config, self.network.num_classes, self.network.shape
         g = generator(config.seed, STUDENT, step)  # see section 6: the same numbers for one step
         correct = config.corrections  # rows that correct
@@ -324,8 +326,8 @@ class Distiller(nn.Module):
             if config.is_guided:
                 strength = torch.rand(count, generator=g)
                 batch[f"guidance_{side}"] = 1 + (config.guidance_max - 1) * strength
-        # Stratified: (0, 1] has equal parts, and each row draws U in one of them. With delta_scale
-        # 2, for form solver, half of the rows have delta = 1 and learn the sample f(z, 1) itself.
+        # U is stratified: one row in each of `predict` equal parts of (0, 1]. Recipe fast (form
+        # solver) has delta = min(1, 2 U): half of the rows learn the sample f(z, 1) itself.
         U = 1 - (torch.arange(predict) + torch.rand(predict, generator=g)) / predict
         batch["delta"] = (config.delta_scale * U).clamp(1e-3, 1)  # solver divides by delta
         if config.prediction == "solver":
@@ -341,17 +343,16 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def solver_gradient(self, u, F, z, delta, h, y, guidance):
-        """The form `solver`, ours. It needs no dF/ddelta, which can be poor where F is good. A map
-        f_0 jumps from z to delta - h, and the teacher's ODE leads on from there to a state `end` at
-        delta. (f(z, delta) - end) / delta takes the place of D_G: it moves f(z, delta) to `end`.
-        f_0 is f or, with ema_target, its average, a less noisy target. Rows with h = delta start
-        at z and learn the teacher's own path.
+        """The form `solver`, ours. It needs no dF/ddelta, which can be poor where F is good.
+            start = f_0(z, delta - h)    a jump; f_0 is f or, with ema_target, its average
+            end                          to which the teacher's ODE leads from start, at delta
+        The result, (f(z, delta) - end) / delta, takes the place of D_G: it moves f(z, delta) to
+        `end`. If h = delta, start is z, and `end` is phi(z, delta).
 
-        Why h is long: for a short h, f(z, delta) = f(z, delta - h) + h v_G and end =
-        f_0(z, delta - h) + h u, so
-            the result = h / delta D_G + (f - f_0)(z, delta - h) / delta.
-        The first part, what the teacher says, shrinks with h. The second does not: with ema_target
-        and a short h the student would mostly follow its own average.
+        Why h is long: to first order in h the result is
+            h / delta D_G + (f - f_0)(z, delta - h) / delta.
+        The first term, what the teacher says, shrinks with h. The second does not: with ema_target
+        it only pulls the student to its own average.
         """
         start = (self.ema_student or FlowMap(self.network)).f(z, delta - h, y, guidance)
         end = solve_ode(u, start, self.config.solver_steps, "rk4", y, t=1 - delta + h, length=h)
@@ -510,12 +511,11 @@ class DiT(nn.Module):
         self.register_buffer("pos_embed", torch.cat([columns, rows], 1)[None].float())  # (1, T, E)
         self.t_embedder = Embedder(E)
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, E)})
-        # register_module keeps the place: optimizer states follow the order of parameters.
-        self.register_module("guidance_embedder", Embedder(E) if guidance else None)
         self.blocks = nn.ModuleList(Block(E, num_heads, qk_norm) for _ in range(depth))
         self.final_layer = nn.ModuleDict({
             "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(E, 2 * E)),
             "linear": nn.Linear(E, p * p * C)})
+        self.guidance_embedder = Embedder(E) if guidance else None  # last, as from_teacher adds it
         self.activation_checkpointing = False
         # As in DiT, blocks start as the identity and the output as zero. Unlike there, embedders
         # start at a scale that follows their sizes: with DiT's 0.02 a narrow network learns slowly.
@@ -648,7 +648,7 @@ class Config:
     # the run
     dataset: str = option("toy2d", "data", choices=["toy2d", "mnist", "cifar10", "imagenet"])
     recipe: str = option("", "algorithm: the paper's or ours", choices=["", "paper", "fast"])
-    quick: bool = option(False, "a size that two cores train in minutes; no imagenet")
+    quick: bool = option(False, "a size that two cores train in minutes; imagenet has none")
     stage: str = option("all", "what to do", choices=["all", "teacher", "sample"])
     out: str = option("", "folder of the run; default: the next free one under runs/")
     seed: int = option(0, "of all that is random; with --stage sample of the noises", 0)
@@ -805,11 +805,11 @@ def generator(*key):
 
 
 def mean_over_processes(v):
-    """The mean of a tensor over all processes, the same in each; v itself is overwritten. It also
-    waits for all of them."""
+    """The mean of a tensor over all processes, the same in each. It also waits for all of them."""
+    v = v / WORLD
     if WORLD > 1:
         distributed.all_reduce(v)
-    return v / WORLD
+    return v
 
 
 def device_of(network):
@@ -891,7 +891,7 @@ def train(module, config, state=None):
     ten consecutive ones raise UserError.
     """
     state = state or TrainState(module, config)
-    state.config = config  # it may have more steps than before
+    state.config = config  # settings may have changed; with more steps learning rates rise again
     if config.ema_target:
         module.ema_student = FlowMap(state.ema)
     device = device_of(module.network)
@@ -901,7 +901,7 @@ def train(module, config, state=None):
     parallel = nn.parallel.DistributedDataParallel(module) if WORLD > 1 else module
     count = config.micro_batches
     while state.step < config.steps:
-        batch, sums = module.draw(state.step), []
+        batch, values = module.draw(state.step), []  # values: loss and metrics of each part
         for i in range(count):
             # delta is ordered, so a part takes every n-th row, not n consecutive ones.
             rows = slice(RANK * count + i, None, WORLD * count)
@@ -911,8 +911,8 @@ def train(module, config, state=None):
             with torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16"):
                 loss, metrics = parallel(**part)
             (loss / count).backward()  # DDP then takes the mean over processes
-            sums.append(torch.stack([loss, *metrics.values()]).detach())
-        loss, *means = mean_over_processes(torch.stack(sums).mean(0))
+            values.append(torch.stack([loss, *metrics.values()]).detach())
+        loss, *means = mean_over_processes(torch.stack(values).mean(0))
         state.update(loss)
         if state.skipped == 10:
             raise UserError(f"step {state.step}: ten consecutive steps are not finite: lower the "
