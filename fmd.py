@@ -25,8 +25,8 @@ Shapes: x, z, n are images (B, C, H, W) of d = C H W values; a point of the plan
     t, delta, r, guidance are (B,), or (1,) if one value serves all. y is int64, (B,) or (1,).
     The label num_classes is the null label, "any class". y=None is the same.
 The paper's equations: [7] v_G = u(f, 1 - delta). [8] the loss 1/2 ||F - sg(F - D_G)||^2.
-    [9] the gradient of [8]. [10] KL divergences of noised samples, integrated over r. [11] the
-    gradient of [10], with D_N.
+    [9] the gradient of [8]. [10] KL divergences of noised samples, over all r. [11] their gradient,
+    with D_N, up to a weight for each r.
 
 Commands to paste; the same command continues a run that was interrupted
     python fmd.py --dataset toy2d                            # a 2-D toy: teacher, student, pictures
@@ -67,9 +67,9 @@ from tqdm import tqdm
 # A teacher is any function u(x, t, y) that returns a velocity. The student learns its flow map with
 # two losses: prediction compares v_G with u, correction compares v_N with u.
 # Why from noise alone: a guided or imperfect teacher passes through states that noised data rarely
-# reach (the teacher-data mismatch). Methods that train on noised data, as MeanFlow, learn little
-# about these states, but build long jumps from short ones that pass through them. Only at t = 1 do
-# noised data and the teacher's states have the same distribution, N(0, I).
+# reach (the teacher-data mismatch). Methods that train on noised data, as MeanFlow does, learn
+# little about these states. But they build long jumps from short ones that pass through them. At
+# t = 1 noised data and the teacher's states have the same distribution, N(0, I), for any teacher.
 
 
 def expand(v):
@@ -189,7 +189,7 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     # Why u is evaluated at f: the ODE says df/ddelta = u(f, 1 - delta). At the solution f is phi,
     # and until then f is computed without data and without a solver.
     # Why D_G is held constant (sg): [8] then moves F to a target, F - D_G = u(f) - delta dF/ddelta.
-    # A gradient through u(f) could lower the loss without mending v_G, by moving f to where u is
+    # A gradient through u(f) could lower the loss without improving v_G, by moving f to where u is
     # near it. A gradient through dF/ddelta would need a second derivative.
     f = z + expand(delta) * F
     return F + expand(delta) * dF - u(f, 1 - delta, y)  # [7] as a residual: D_G of [9]
@@ -205,7 +205,7 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
 @torch.no_grad()  # sg: D_N is constant too
 def correction_gradient(v_N, u, x_r, r, y=None):
     """Correct: D_N = v_N - u(x_r, r) of [11], a constant (B, C, H, W). D_G judges one place of a
-    path, D_N compares the distributions in which all paths end.
+    path. D_N compares the student's samples, as a set, with the teacher's.
 
     Why the loss F(z, 1) . D_N descends a KL divergence, for each r. Let s be the score (the
     gradient of log p) of the student's x_r, and s_u that of the teacher's.
@@ -217,7 +217,7 @@ def correction_gradient(v_N, u, x_r, r, y=None):
     Together: E[(1 - r)^2 / r (dF/dtheta)^T D_N]. Like [11], the loss leaves out the positive weight
     (1 - r)^2 / r. This only changes how much each noise level r counts.
 
-    Why D_N is not zero even for a perfect student: step 2 takes u for E[x - n | x_r] of the samples
+    Why D_N need not be zero for a perfect student: step 2 takes u for E[x - n | x_r] of the samples
     of u's own ODE. A learned u is only near it, and a guided one, gamma u(.|y) + (1 - gamma)
     u(.|null), is no conditional mean. So the KL is approximate; and v_N is learned too.
     """
@@ -240,17 +240,17 @@ def decay(D, k):
 
 
 class Distiller(nn.Module):
-    """The paper's loss: forward computes that of one training step, draw its batch. (train and
-    TrainState.update, section 6, change the weights.)
+    """The paper's loss. forward computes the loss of one training step, draw draws its batch.
+    (train and TrainState.update, section 6, change the weights.)
 
     network: a velocity network, read as the student's F. critic: another, which learns v_N. It too
     starts as a copy of the teacher, since v_N comes near u as the student learns. teacher:
     u(x, t, y), never changed. config: a Config.
 
-    Why the correction has its own guidance interval: D_N is not zero even for a perfect student.
-    We measured on digits that a guided u pulls to more guidance, an unguided u to less. The paper
-    guides u for r up to 0.7 only, about half of the rows: the two partly cancel. Its FID (DiT-B/2)
-    is then 5.6, with [0, 1] 8.7.
+    Why the correction has its own guidance interval: D_N need not be zero for a perfect student. We
+    measured on digits that a guided u pulls to more guidance, an unguided u to less. The paper
+    guides u for r up to 0.7 only, about half of the rows: the two pulls partly cancel. Its FID
+    (DiT-B/2) is then 5.6, with [0, 1] 8.7.
     """
 
     def __init__(self, network, critic, teacher, config):
@@ -287,7 +287,7 @@ class Distiller(nn.Module):
             critic_loss = (v_N - (x - n)).square().mean()
             D_N = correction_gradient(v_N, u, x_r, r, y_N)
             lambda_ = self.balance(D_G, D_N)
-            # D_N is not decayed: times a factor that depends on x_r it is no gradient of a KL.
+            # D_N is not decayed: with a factor that depends on x_r it is no gradient of a KL.
             loss = loss + lambda_ * (F * D_N).mean()  # its gradient is [11]
             loss = loss + critic_loss
             metrics |= {"correction": mean_square(D_N).mean(), "critic": critic_loss,
@@ -298,10 +298,10 @@ class Distiller(nn.Module):
         """lambda = alpha E||D_G|| / (E||D_N|| + eps), the weight of the correction; alpha if there
         is no D_G.
 
-        Why lambda: both norms change in training. lambda gives D_N the size of D_G, so the
-        correction fades as D_G does. It takes D_G before its decay (our choice): decayed, D_G has
-        the size ||D_G||^(1 - 2k), which does not fade at k = 1/2 and grows at k = 1. So beside the
-        decayed prediction the correction has the weight alpha (||D_G||^2 / d + eps)^k.
+        Why lambda: both norms change in training. lambda gives D_N alpha times the size of D_G, so
+        the correction fades as D_G does. It takes D_G before its decay (our choice): decayed, D_G
+        has the size ||D_G||^(1 - 2k), which does not fade at k = 1/2 and grows at k = 1. So beside
+        the decayed prediction the correction has the weight alpha (||D_G||^2 / d + eps)^k.
         The price: where D_N is small, more of it is the critic's error, and lambda enlarges that.
         """
         if D_G is None:
@@ -344,8 +344,8 @@ class Distiller(nn.Module):
     @torch.no_grad()
     def solver_gradient(self, u, F, z, delta, h, y, guidance):
         """The form `solver`, ours. It needs no dF/ddelta, which can be poor where F is good.
-            start = f_0(z, delta - h)    a jump; f_0 is f or, with ema_target, its average
-            end                          to which the teacher's ODE leads from start, at delta
+            start = f_0(z, delta - h)    a jump; f_0 is f, or f with averaged weights (ema_target)
+            end                          the teacher's ODE, solved from start to delta
         The result, (f(z, delta) - end) / delta, takes the place of D_G: it moves f(z, delta) to
         `end`. If h = delta, start is z, and `end` is phi(z, delta).
 
@@ -360,7 +360,7 @@ class Distiller(nn.Module):
 
 
 # 2. Teachers -------------------------------------------------------------------------------------
-# The exact velocity of a Gaussian mixture, which toys are; flow matching, for any data.
+# Toys are Gaussian mixtures, with an exact velocity. Flow matching is for any data.
 
 
 class GaussianMixture(nn.Module):
@@ -511,11 +511,12 @@ class DiT(nn.Module):
         self.register_buffer("pos_embed", torch.cat([columns, rows], 1)[None].float())  # (1, T, E)
         self.t_embedder = Embedder(E)
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, E)})
+        # register_module keeps the place: optimizer states follow the order of parameters.
+        self.register_module("guidance_embedder", Embedder(E) if guidance else None)
         self.blocks = nn.ModuleList(Block(E, num_heads, qk_norm) for _ in range(depth))
         self.final_layer = nn.ModuleDict({
             "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(E, 2 * E)),
             "linear": nn.Linear(E, p * p * C)})
-        self.guidance_embedder = Embedder(E) if guidance else None  # last, as from_teacher adds it
         self.activation_checkpointing = False
         # As in DiT, blocks start as the identity and the output as zero. Unlike there, embedders
         # start at a scale that follows their sizes: with DiT's 0.02 a narrow network learns slowly.
@@ -781,7 +782,7 @@ def make_config(dataset="toy2d", recipe="", quick=False, **given):
 # 6. Training -------------------------------------------------------------------------------------
 # One loop for both stages, and for any module with .network, .draw(step) and forward(**batch).
 
-# Set by torchrun. Without it an old RANK may be left in the environment.
+# torchrun sets these. Without torchrun the environment may hold an old RANK.
 LAUNCH = os.environ if distributed.is_torchelastic_launched() else {}
 RANK = int(LAUNCH.get("RANK", 0))  # process 0 of WORLD writes the files
 WORLD = int(LAUNCH.get("WORLD_SIZE", 1))
@@ -1008,8 +1009,9 @@ def evaluate(student, teacher, data, config, out, log):
     """Compare student and teacher: metrics.json, pictures, and the main numbers on the screen.
     Endpoint error: from the student's sample to the end of the teacher's path from the same noise.
     SW2: from the student's samples to the teacher's from other noises, divided by its floor, the
-    SW2 of two such sets of the teacher. "SW2 to data" is the same with data. (All labels are
-    sampled equally often: if classes of the data have unequal sizes, this adds to the distance.)
+    SW2 of two such sets of the teacher. "SW2 to data" is divided by the SW2 of two sets of data.
+    (All labels are sampled equally often: if classes of the data have unequal sizes, this adds to
+    the distance.)
     """
     N, network = config.eval_samples, student.network
     y, strength = conditions(network, config, N)
@@ -1335,7 +1337,7 @@ def read_public(file, teacher_format="", num_heads=0):
         _, i, rest = name.split(".", 2)
         tensors[f"blocks.{encoder + int(i)}.{rest}"] = tensors.pop(name)
     # Time: SiT is called at 1 - t. cos(w - wt) and sin(w - wt) are linear in cos wt and sin wt, so
-    # combined weights of the first layer do the same.
+    # the first layer can take t instead, with combined weights.
     if origin == "SiT":
         w = torch.exp(-math.log(10000) / 128 * torch.arange(128, dtype=torch.float64))
         of_cos, of_sin = tensors["t_embedder.mlp.0.weight"].double().split(128, 1)
@@ -1389,7 +1391,7 @@ def check_teacher(teacher):
 
 
 # 10. Runs and the command line --------------------------------------------------------------------
-# main calls run_training or run_sampling. Functions are in the order of use. Skip at first.
+# main, at the end, calls run_training or run_sampling. Skip at first.
 
 
 def make_parser():
@@ -1412,7 +1414,7 @@ def make_parser():
 
 
 # Settings that may differ when a run continues. Of data, teacher and student the content is
-# compared, not the name; of a recipe, the settings that follow. steps may not change, as learning
+# compared, not the name; of a recipe, the settings that it gives. steps may not change, as learning
 # rates fall over all of them. For more steps start a new run from --teacher and --student.
 MAY_CHANGE = {
     "recipe", "quick", "stage", "out", "debug", "data", "teacher", "student", "trust_teacher",

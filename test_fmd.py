@@ -1643,14 +1643,16 @@ def test_processes_stop_together_and_refuse_together(tmp_path, monkeypatch):
     subprocess.run([sys.executable, "-c", code], cwd=Path(fmd.__file__).parent, check=True)
 
 
-def test_more_processes_than_gpus_are_one_line(monkeypatch, capsys):
+def test_processes_have_a_backend_for_their_device(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(fmd, "WORLD", 2)
     used = []
     monkeypatch.setattr(
         fmd.distributed, "init_process_group", lambda backend, timeout: used.append(backend))
     monkeypatch.setenv("LOCAL_RANK", "99")
     line = run("--device", "cuda", status=1, capsys=capsys)
-    assert "fewer GPUs than processes" in line and used == [None]  # torch's choice for its devices
+    assert "fewer GPUs than processes" in line
+    run("--device", "cpu", "--out", tmp_path, status=1, capsys=capsys)  # there is no group
+    assert used == [None, "gloo"]  # None: torch's choice for its devices
 
 
 # --- Pictures of a run ---------------------------------------------------------------------------
@@ -1676,6 +1678,8 @@ def test_pictures_show_what_they_are_given():
     log = [{"step": 1, "flow_matching": 2.0}, {"step": 5, "prediction": 0.5, "endpoint_error": 0.1}]
     axes = fmd.plot_losses(log).axes
     assert [len(axis.lines[0].get_xdata()) for axis in axes] == [1, 1, 0, 1]
+    names = ["teacher", "student", "critic", "student"]
+    assert [axis.lines[0].get_color() for axis in axes] == [fmd.COLORS[name] for name in names]
     path, jumps = torch.rand(2, 9, 5, 1, 4, 4) * 2 - 1
     strips = [axis.images[0] for axis in fmd.plot_filmstrip(path, jumps, lines=2).axes]
     for strip, x in zip(strips, (path[:, 0], jumps[:, 0], path[:, 1], jumps[:, 1])):
