@@ -375,7 +375,7 @@ class GaussianMixture(nn.Module):
         self.blur, self.num_classes = blur, num_classes
         self.has_density = len(means) <= 2000  # else B x K numbers would need too much memory
         self.shape = (means.shape[1], 1, 1)
-        self.center, self.scale = center, scale
+        self.place = {"center": center, "scale": scale}
 
     def forward(self, x, t, y=None):
         """The exact u(x, t | y), (B, d, 1, 1). x_t is a mixture too, with means (1 - t) mu_k and
@@ -552,8 +552,7 @@ class DiT(nn.Module):
             raise ValueError("this network has no input for guidance: give guidance_max above 1")
         B, C, H, W = x.shape
         p = self.settings["patch_size"]
-        patches = x.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)
-        patches = patches.reshape(B, -1, C * p * p)  # (B, T, C p p), tokens row by row
+        patches = nnf.pixel_unshuffle(x, p).flatten(2).mT  # (B, T, C p p), tokens row by row
         proj = self.x_embedder.proj  # stored like a convolution, applied as a matrix
         x = nnf.linear(patches, proj.weight.flatten(1), proj.bias) + self.pos_embed  # (B, T, E)
         if self.fourier_embedder is not None:
@@ -602,7 +601,6 @@ def make_toy(name):
 class ImageData:
     """Labelled images (N, C, H, W): uint8 pictures, drawn in [-1, 1], or latents as they are."""
 
-    center, scale = 0.0, 1.0
     has_density = False  # unknown for images: no exact velocity, no support
 
     def __init__(self, images, labels, num_classes):
@@ -610,6 +608,7 @@ class ImageData:
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
         self.num_classes = num_classes
         self.shape = images.shape[1:]
+        self.place = {"center": 0.0, "scale": 1.0}  # as in GaussianMixture
 
     def draw(self, N, g):
         i = torch.randint(len(self.labels), (N,), generator=g)
@@ -1057,9 +1056,9 @@ def plane(x):
 
 
 def to_view(x, network):
-    """Samples as one looks at them, on the CPU: points in the data's coordinates, 3 channels."""
-    if x.shape[-1] > 1 and x.shape[1] not in (1, 3):  # latents
-        x = x[:, [0, 1, 2 % x.shape[1]]] / 2
+    """Samples or paths for the eye, on the CPU: points in the data's coordinates, 3 channels."""
+    if x.shape[-1] > 1 and x.shape[-3] not in (1, 3):  # latents
+        x = x[..., [0, 1, 2 % x.shape[-3]], :, :] / 2
     scale, center = (torch.tensor(network.settings[name], dtype=torch.float64)[..., None, None]
                      for name in ("scale", "center"))
     return x.cpu() * scale + center
@@ -1170,7 +1169,7 @@ def save_pictures(network, metrics, sets, path, jumps, out):
     titles = {"teacher": f"teacher, {metrics['teacher_nfe']} evaluations",
               "student": "student, 1 evaluation"}
     shown = {name: to_view(x[:4000], network) for name, x in sets.items()}
-    path, jumps = (torch.stack([to_view(x, network) for x in states]) for states in (path, jumps))
+    path, jumps = to_view(path, network), to_view(jumps, network)
     plot = plot_paths if path.shape[-1] == 1 else plot_filmstrip
     plot_samples(shown, titles).savefig(out / "comparison.png", dpi=110)
     plot(path, jumps).savefig(out / "paths.png", dpi=110)
@@ -1299,8 +1298,7 @@ def unwrap(file):
     prefix = re.compile(r"^((module|_orig_mod|model)\.)+")  # of DDP, torch.compile and others
     tensors = {prefix.sub("", name): v for name, v in tensors.items()}
     args = file.get("args", {})
-    settings = {**file, **getattr(args, "__dict__", args)}  # of an argparse.Namespace, or a dict
-    return tensors, keys, {k: v for k, v in settings.items() if not isinstance(v, dict)}
+    return tensors, keys, {**file, **getattr(args, "__dict__", args)}  # of a Namespace, or a dict
 
 
 def find_format(tensors, settings, told=""):
@@ -1458,8 +1456,8 @@ def new_network(data, config):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(config.seed, WEIGHTS).initial_seed())
         return DiT(data.shape[1], data.shape[0], data.num_classes, config.hidden_size, config.depth,
-                   config.num_heads, config.patch_size, fourier=config.dataset == "toy2d",
-                   center=data.center, scale=data.scale)  # public DiTs have no Fourier inputs
+                   config.num_heads, config.patch_size, **data.place,
+                   fourier=config.dataset == "toy2d")  # public DiTs have no Fourier inputs
 
 
 def open_teacher(given, device):
@@ -1493,11 +1491,10 @@ def run_training(given, device):
     if teacher is None or config.dataset == "toy2d":
         data = open_data(config)
         x, y = data.draw(64, generator(0))
-        place = {"center": data.center, "scale": data.scale}
-        if teacher and not place.items() <= teacher.settings.items():
+        if teacher and not data.place.items() <= teacher.settings.items():
             raise UserError(f"--toy {config.toy}: these are not this teacher's points", 2)
         total = (x.double().flatten(1).sum(1) * (y + 1)).sum()  # depends on the order of labels
-        sources["data"] = f"of sum {total}, {len(data.labels)} rows, {place}"
+        sources["data"] = f"of sum {total}, {len(data.labels)} rows, {data.place}"
     network = teacher or new_network(data, config).to(device)
     sizes = {**network.settings, "guidance": config.is_guided}
     if start and (teacher is None or start.settings != sizes):
