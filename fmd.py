@@ -10,7 +10,7 @@ Map: 1. The method (the paper's losses, in reading order: read this first)  2. T
 
 Notation, everywhere in this file
     t              0 is data x, 1 is noise n ~ N(0, I); x_t = (1 - t) x + t n
-    u(x_t, t)      the teacher's velocity E[x - n | x_t]. It points to the data: dx/dt = -u
+    u(x_t, t)      the teacher's velocity, trained to be E[x - n | x_t]. To the data: dx/dt = -u
     delta = 1 - t  the progress of a path: sampling solves dx/ddelta = u(x, 1 - delta)
     phi(z, delta)  the state that the teacher's path from the noise z reaches at delta
     f(z, delta)    the student's phi, f = z + delta F(z, delta). f(z, 1) is its one-step sample
@@ -198,7 +198,7 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
 # Why prediction is not enough: u is evaluated at f, not at phi, and errors may compound. The error
 # e = f - phi starts at 0 and obeys
 #     de/ddelta = D_G + (u(f) - u(phi)).
-# The second term lets ||e|| grow at the rate L = <e, u(f) - u(phi)> / ||e||^2. So (Gronwall)
+# With L = <e, u(f) - u(phi)> / ||e||^2 this gives d||e||/ddelta <= ||D_G|| + L ||e||. So (Gronwall)
 #     ||e|| at delta = 1 <= integral over delta of ||D_G|| exp(integral of L from delta to 1).
 # Between modes paths part, L > 0: a small D_G at an early delta can become a large error. Inside of
 # a mode L is mostly below 0, and errors shrink.
@@ -234,7 +234,8 @@ def decay(D, k):
     samples pull equally, at 1 large residuals pull less. (All this where ||D||^2 / d is above eps.)
     Why decay: the paper's FID (DiT-B/2) is about 12 for each k without correction, with correction
     43.5 for k = 0, 10.6 for 1/2 and 5.6 for 1. We see two possible reasons. Where residuals are
-    large the two losses may disagree most. And a larger k weakens the correction, see balance.
+    large the two losses may disagree most. And if the paper's lambda is like ours, a larger k
+    weakens the correction beside the prediction, see balance.
     """
     return D / expand((mean_square(D) + EPS) ** k)
 
@@ -244,7 +245,7 @@ class Distiller(nn.Module):
     (train and TrainState.update, section 6, change the weights.)
 
     network: a velocity network, read as the student's F. critic: another, which learns v_N. It too
-    starts as a copy of the teacher, since v_N comes near u as the student learns. teacher:
+    starts as a copy of the teacher, since v_N comes nearer to u as the student learns. teacher:
     u(x, t, y), never changed. config: a Config.
 
     Why the correction has its own guidance interval: D_N need not be zero for a perfect student. We
@@ -266,14 +267,14 @@ class Distiller(nn.Module):
         if len(z_G):  # Predict
             u = guided(self.teacher, guidance_G, config.guidance_interval)
             F = student.F(z_G, delta, y_G, guidance_G)
-            if config.prediction == "solver":  # ours: read it after the rest
+            if config.prediction == "solver":  # ours: what takes the place of D_G; read it last
                 D_G = self.solver_gradient(u, F, z_G, delta, h, y_G, guidance_G)
             else:
                 D_G = prediction_gradient(student, u, z_G, delta, y_G, guidance_G,
                                           config.prediction, F=F)
             metrics["prediction"] = mean_square(D_G).mean()
-            # Why F * sg(D): its gradient is that of [8], (dF/dtheta)^T D, and D can be decayed
-            # first. Its value, of either sign, means nothing: watch ||D_G||^2.
+            # Why F * sg(D): its gradient is that of [8], (dF/dtheta)^T D, up to 1/d, and D can be
+            # decayed first. Its value, of either sign, means nothing: watch ||D_G||^2.
             loss = (F * decay(D_G, config.decay)).mean()  # its gradient is [9], decayed
         if len(z_N):  # Correct, at delta = 1: the paper found no gain at other delta
             u = guided(self.teacher, guidance_N, config.correction_interval)
@@ -349,7 +350,8 @@ class Distiller(nn.Module):
         The result, (f(z, delta) - end) / delta, takes the place of D_G: it moves f(z, delta) to
         `end`. If h = delta, start is z, and `end` is phi(z, delta).
 
-        Why h is long: to first order in h the result is
+        Why h is long: the teacher leads over h only, the rest is the student's own jump with its
+        errors. To first order in h the result is
             h / delta D_G + (f - f_0)(z, delta - h) / delta.
         The first term, what the teacher says, shrinks with h. The second does not: with ema_target
         it only pulls the student to its own average.
