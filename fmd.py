@@ -10,7 +10,7 @@ Map: 1. The method (the paper's losses, in reading order: read this first)  2. T
 
 Notation, everywhere in this file
     t              0 is data x, 1 is noise n ~ N(0, I); x_t = (1 - t) x + t n
-    u(x_t, t)      the teacher's velocity, trained to be E[x - n | x_t]. To the data: dx/dt = -u
+    u(x_t, t)      the teacher's velocity, to the data: dx/dt = -u. Trained to be E[x - n | x_t]
     delta = 1 - t  the progress of a path: sampling solves dx/ddelta = u(x, 1 - delta)
     phi(z, delta)  the state that the teacher's path from the noise z reaches at delta
     f(z, delta)    the student's phi, f = z + delta F(z, delta). f(z, 1) is its one-step sample
