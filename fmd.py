@@ -1656,7 +1656,8 @@ def main(argv=None):
     try:
         name = given.get("device", Config.device)
         if WORLD > 1:  # process 0 may measure or download for long while the others wait
-            distributed.init_process_group("gloo" if name == "cpu" else None,
+            # gloo also beside NCCL: the flag of an interruption is exchanged on the CPU.
+            distributed.init_process_group("gloo" if name == "cpu" else "cpu:gloo,cuda:nccl",
                                            timeout=datetime.timedelta(minutes=60))
         with explained("--device: not on this machine, or fewer GPUs than processes: give cpu"):
             if WORLD > 1 and name == "cuda":

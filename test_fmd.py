@@ -1652,7 +1652,9 @@ def test_processes_have_a_backend_for_their_device(monkeypatch, capsys, tmp_path
     line = run("--device", "cuda", status=1, capsys=capsys)
     assert "fewer GPUs than processes" in line
     run("--device", "cpu", "--out", tmp_path, status=1, capsys=capsys)  # there is no group
-    assert used == [None, "gloo"]  # None: torch's choice for its devices
+    backends = [fmd.distributed.distributed_c10d.BackendConfig(name).device_backend_map
+                for name in map(fmd.distributed.Backend, used)]
+    assert backends[0] == {"cpu": "gloo", "cuda": "nccl"} and backends[1]["cpu"] == "gloo"
 
 
 # --- Pictures of a run ---------------------------------------------------------------------------
