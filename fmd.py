@@ -10,7 +10,7 @@ Map: 1. The method (the paper's losses, in reading order: read this first)  2. T
 
 Notation, everywhere in this file
     t              0 is data x, 1 is noise n ~ N(0, I); x_t = (1 - t) x + t n
-    u(x_t, t)      the teacher's velocity, to the data: dx/dt = -u. Trained to be E[x - n | x_t]
+    u(x_t, t)      the teacher's velocity, trained to be E[x - n | x_t]; dx/dt = -u
     delta = 1 - t  the progress of a path: sampling solves dx/ddelta = u(x, 1 - delta)
     phi(z, delta)  the state that the teacher's path from the noise z reaches at delta
     f(z, delta)    the student's phi, f = z + delta F(z, delta). f(z, 1) is its one-step sample
@@ -163,8 +163,8 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     If D_G = 0 for all z and delta [7], f solves the teacher's ODE from f(z, 0) = z. This has one
     solution, so f = phi.
 
-    F: F(z, delta), if the caller has computed it. form: how dF/ddelta is computed, else ValueError.
-    (The form solver does without it, see Distiller.solver_gradient.)
+    F: F(z, delta), if the caller has computed it. form: how dF/ddelta is computed. Raises
+    ValueError for another form. (The form solver is Distiller.solver_gradient.)
       jvp         forward-mode derivative, exact for these weights
       difference  of F at delta + spacing and delta - spacing, one-sided at the ends
     """
@@ -186,8 +186,8 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
         dF = dF / expand(high - low)
     else:
         raise ValueError(f"prediction_gradient: {form} is not jvp or difference")
-    # Why u is evaluated at f: the ODE says df/ddelta = u(f, 1 - delta). At the solution f is phi,
-    # and until then f is computed without data and without a solver.
+    # Why u is evaluated at f: a solution of the ODE has df/ddelta = u(f, 1 - delta), and then f is
+    # phi. Until then f is computed without data and without a solver.
     # Why D_G is held constant (sg): [8] then moves F to a target, F - D_G = u(f) - delta dF/ddelta.
     # A gradient through u(f) could lower the loss without improving v_G, by moving f to where u is
     # near it. A gradient through dF/ddelta would need a second derivative.
@@ -353,8 +353,8 @@ class Distiller(nn.Module):
         Why h is long: the teacher leads over h only, the rest is the student's own jump with its
         errors. To first order in h the result is
             h / delta D_G + (f - f_0)(z, delta - h) / delta.
-        The first term, what the teacher says, shrinks with h. The second does not: with ema_target
-        it only pulls the student to its own average.
+        The first term, which has the teacher's u, shrinks with h. The second does not: with
+        ema_target it only pulls the student to its own average.
         """
         start = (self.ema_student or FlowMap(self.network)).f(z, delta - h, y, guidance)
         end = solve_ode(u, start, self.config.solver_steps, "rk4", y, t=1 - delta + h, length=h)
@@ -579,7 +579,7 @@ TOYS = ("checkerboard", "gaussians", "moons", "spirals", "rings")
 
 def make_toy(name):
     """One of TOYS as a GaussianMixture with a spread near 1. Raises KeyError for another name."""
-    # Skip at first. A point is the number x + iy. A toy is means (labels, means of one), and blur.
+    # Skip at first. A point is x + iy. A toy has means, (labels, means of each label), and a blur.
 
     def circle(N):
         return torch.polar(torch.ones(N), math.tau * torch.arange(N) / N)
@@ -659,7 +659,7 @@ class Config:
     toy: str = option("checkerboard", f"{', '.join(TOYS)}, or POINTS.npy with N x 2 numbers")
     data: str = option("data", "folder of MNIST and CIFAR-10, or ImageNet latents FILE.npy")
     teacher: str = option("", "distill this file of fmd, SiT or REPA; train no teacher")
-    teacher_format: str = option("", "if --teacher may be of either", choices=["", "sit", "repa"])
+    teacher_format: str = option("", "if the file does not tell", choices=["", "sit", "repa"])
     trust_teacher: bool = option(False, "distill a teacher whose samples do not look like data")
     exact_teacher: bool = option(False, "distill a toy's exact velocity, from a trained start")
     student: str = option("", "start from this student.pt, instead of a copy of the teacher")
@@ -1058,7 +1058,7 @@ def plane(x):
 
 
 def to_view(x, network):
-    """Samples or paths for the eye, on the CPU: points in the data's coordinates, 3 channels."""
+    """Samples or paths for a picture, on the CPU: points in the data's coordinates, 3 channels."""
     if x.shape[-1] > 1 and x.shape[-3] not in (1, 3):  # latents
         x = x[..., [0, 1, 2 % x.shape[-3]], :, :] / 2
     scale, center = (torch.tensor(network.settings[name], dtype=torch.float64)[..., None, None]
@@ -1657,7 +1657,8 @@ def main(argv=None):
         name = given.get("device", Config.device)
         if WORLD > 1:  # process 0 may measure or download for long while the others wait
             # gloo also beside NCCL: the flag of an interruption is exchanged on the CPU.
-            distributed.init_process_group("gloo" if name == "cpu" else "cpu:gloo,cuda:nccl",
+            on_gpus = name == "cuda" and torch.cuda.is_available()
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo",
                                            timeout=datetime.timedelta(minutes=60))
         with explained("--device: not on this machine, or fewer GPUs than processes: give cpu"):
             if WORLD > 1 and name == "cuda":

@@ -1649,12 +1649,15 @@ def test_processes_have_a_backend_for_their_device(monkeypatch, capsys, tmp_path
     monkeypatch.setattr(
         fmd.distributed, "init_process_group", lambda backend, timeout: used.append(backend))
     monkeypatch.setenv("LOCAL_RANK", "99")
-    line = run("--device", "cuda", status=1, capsys=capsys)
-    assert "fewer GPUs than processes" in line
-    run("--device", "cpu", "--out", tmp_path, status=1, capsys=capsys)  # there is no group
+    for has_gpu in True, False:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
+        line = run("--device", "cuda", status=1, capsys=capsys)
+        assert "not on this machine, or fewer GPUs than processes" in line
+        run("--device", "cpu", "--out", tmp_path, status=1, capsys=capsys)  # there is no group
     backends = [fmd.distributed.distributed_c10d.BackendConfig(name).device_backend_map
                 for name in map(fmd.distributed.Backend, used)]
-    assert backends[0] == {"cpu": "gloo", "cuda": "nccl"} and backends[1]["cpu"] == "gloo"
+    assert backends[0] == {"cpu": "gloo", "cuda": "nccl"}
+    assert all(v["cpu"] == "gloo" and "nccl" not in v.values() for v in backends[1:])
 
 
 # --- Pictures of a run ---------------------------------------------------------------------------
