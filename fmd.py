@@ -30,7 +30,7 @@ The paper's equations: [7] v_G = u(f, 1 - delta). [8] the loss 1/2 ||F - sg(F - 
 
 Commands to paste; the same command continues a run that was interrupted
     python fmd.py --dataset toy2d                            # a 2-D toy: teacher, student, pictures
-    python fmd.py --toy spirals --recipe paper               # the paper's own loss
+    python fmd.py --dataset toy2d --recipe paper             # the paper's own loss
     python fmd.py --dataset mnist --quick                    # digits with guidance, on two cores
     python fmd.py --dataset imagenet --teacher SiT-XL-2-256x256.pt --out runs/sit
 """
@@ -44,7 +44,6 @@ import itertools
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -195,13 +194,13 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     return F + expand(delta) * dF - u(f, 1 - delta, y)  # [7] as a residual: D_G of [9]
 
 
-# Why prediction is not enough: u is evaluated at f, not at phi, and errors may compound. The error
-# e = f - phi starts at 0 and obeys
+# Why a small D_G can leave a large error: u is evaluated at f, not at phi, so errors may compound.
+# The error e = f - phi starts at 0 and obeys
 #     de/ddelta = D_G + (u(f) - u(phi)).
 # With L = <e, u(f) - u(phi)> / ||e||^2 this gives d||e||/ddelta <= ||D_G|| + L ||e||. So (Gronwall)
 #     ||e|| at delta = 1 <= integral over delta of ||D_G|| exp(integral of L from delta to 1).
-# Between modes paths part, L > 0: a small D_G at an early delta can become a large error. Inside of
-# a mode L is mostly below 0, and errors shrink.
+# L is the rate at which the field enlarges the error. Between modes paths part, L > 0: a small D_G
+# at an early delta can become a large error. Inside of a narrow mode L is mostly below 0.
 @torch.no_grad()  # sg: D_N is constant too
 def correction_gradient(v_N, u, x_r, r, y=None):
     """Correct: D_N = v_N - u(x_r, r) of [11], a constant (B, C, H, W). D_G judges one place of a
@@ -231,18 +230,19 @@ def decay(D, k):
     """D / (||D||^2 / d + eps)^k of each sample. (MeanFlow, arXiv 2505.13447, does not divide by d.)
 
     What k does: a sample pulls with ||D||^(1 - 2k). At k = 0 large residuals dominate, at 1/2 all
-    samples pull equally, at 1 large residuals pull less. (All this where ||D||^2 / d is above eps.)
+    samples pull equally, at 1 large residuals pull less. (Residuals with ||D||^2 / d far below eps
+    are only scaled, as at k = 0.)
     Why decay: the paper's FID (DiT-B/2) is about 12 for each k without correction, with correction
     43.5 for k = 0, 10.6 for 1/2 and 5.6 for 1. We see two possible reasons. Where residuals are
     large the two losses may disagree most. And if the paper's lambda is like ours, a larger k
-    weakens the correction beside the prediction, see balance.
+    weakens the correction beside the prediction, once ||D_G||^2 / d is below 1: see balance.
     """
     return D / expand((mean_square(D) + EPS) ** k)
 
 
 class Distiller(nn.Module):
     """The paper's loss. forward computes the loss of one training step, draw draws its batch.
-    (train and TrainState.update, section 6, change the weights.)
+    (train, section 6, changes the weights.)
 
     network: a velocity network, read as the student's F. critic: another, which learns v_N. It too
     starts as a copy of the teacher, since v_N comes nearer to u as the student learns. teacher:
@@ -297,13 +297,14 @@ class Distiller(nn.Module):
 
     def balance(self, D_G, D_N):
         """lambda = alpha E||D_G|| / (E||D_N|| + eps), the weight of the correction; alpha if there
-        is no D_G.
+        is no D_G. (Here both norms are divided by the square root of d, so that eps fits all d.)
 
         Why lambda: both norms change in training. lambda gives D_N alpha times the size of D_G, so
         the correction fades as D_G does. It takes D_G before its decay (our choice): decayed, D_G
         has the size ||D_G||^(1 - 2k), which does not fade at k = 1/2 and grows at k = 1. So beside
         the decayed prediction the correction has the weight alpha (||D_G||^2 / d + eps)^k.
-        The price: where D_N is small, more of it is the critic's error, and lambda enlarges that.
+        The price: where D_N is small, as at the start, most of it may be the critic's error, and
+        lambda enlarges that.
         """
         if D_G is None:
             return torch.tensor(self.config.alpha, device=D_N.device)
@@ -351,7 +352,7 @@ class Distiller(nn.Module):
         `end`. If h = delta, start is z, and `end` is phi(z, delta).
 
         Why h is long: the teacher leads over h only, the rest is the student's own jump with its
-        errors. To first order in h the result is
+        errors. To first order in h and in f - f_0 the result is
             h / delta D_G + (f - f_0)(z, delta - h) / delta.
         The first term, which has the teacher's u, shrinks with h. The second does not: with
         ema_target it only pulls the student to its own average.
@@ -580,22 +581,19 @@ TOYS = ("checkerboard", "gaussians", "moons", "spirals", "rings")
 def make_toy(name):
     """One of TOYS as a GaussianMixture with a spread near 1. Raises KeyError for another name."""
     # Skip at first. A point is x + iy. A toy has means, (labels, means of each label), and a blur.
-
-    def circle(N):
-        return torch.polar(torch.ones(N), math.tau * torch.arange(N) / N)
-
+    circle = torch.polar(torch.ones(192), math.tau * torch.arange(192) / 192)
     cells = [x + 1j * y for x in range(-2, 2) for y in range(-2, 2) if (x - y) % 2 == 0]
     grid = [x / 6 + 1j * y / 6 for x in range(6) for y in range(6)]  # fills a cell
     board = torch.tensor(cells)[:, None] + (torch.tensor(grid) + (1 + 1j) / 12)
-    moon = 1.4 * circle(192)[:96] - (0.7 + 0.35j)  # half a circle; -moon is the other moon
+    moon = 1.4 * circle[:96] - (0.7 + 0.35j)  # half a circle; -moon is the other moon
     part = ((torch.arange(96) + 0.5) / 96).sqrt()  # of an arm's radius: nearly even along the arm
     arm = torch.polar(2 * part, 6 * part)  # radius, angle
     means, blur = {
         "checkerboard": (board, 0.08),
-        "gaussians": (1.4 * circle(8)[:, None], 0.15),
+        "gaussians": (1.4 * circle[::24, None], 0.15),
         "moons": (torch.stack([moon, -moon]), 0.08),
         "spirals": (torch.stack([arm, -arm]), 0.06),
-        "rings": (1.15 * circle(3)[:, None] + 0.7 * circle(96), 0.06)}[name]
+        "rings": (1.15 * circle[::64, None] + 0.7 * circle[::2], 0.06)}[name]
     labels = torch.arange(len(means)).repeat_interleave(means.shape[1])
     return GaussianMixture(torch.view_as_real(means.flatten()), blur, labels, len(means))
 
@@ -632,7 +630,7 @@ class UserError(Exception):
     (message, 2) for a wrong command. main prints the message."""
 
 
-def option(default, help, low=-math.inf, high=math.inf, choices=None):
+def option(default, help, low=-(10**10), high=10**10, choices=None):
     """A field of Config: its default, its help, its lowest and highest value, or its choices."""
     limits = {"help": help, "low": low, "high": high, "choices": choices}
     return dataclasses.field(default=default, metadata=limits)
@@ -710,12 +708,11 @@ class Config:
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in choices:
                 raise UserError(f"{flag(f.name)} {value}: give one of {choices}", 2)
-            if f.type is not str:
-                low, high = f.metadata["low"], f.metadata["high"]
-                first, last = value if f.type is tuple else (value, value)
-                if not (low <= first <= last <= high and math.isfinite(last - first)):
-                    raise UserError(f"{flag(f.name)} {value}: give numbers from {low} to {high}, "
-                                    "of an interval the lower end first", 2)
+            low, high = f.metadata["low"], f.metadata["high"]
+            # low, the number or the two ends of an interval, high: none may be less than the last
+            if f.type is not str and not (np.diff(np.hstack([low, value, high])) >= 0).all():
+                raise UserError(f"{flag(f.name)} {value}: give numbers from {low} to {high}, of an "
+                                "interval the lower end first", 2)
         if 0 < self.correction_share < 1 and self.corrections in (0, self.batch_size):
             raise UserError("--batch-size: too small for this --correction-share", 2)
         if self.is_guided and not (self.label_dropout or self.teacher):
@@ -787,6 +784,8 @@ def make_config(dataset="toy2d", recipe="", quick=False, **given):
 LAUNCH = os.environ if distributed.is_torchelastic_launched() else {}
 RANK = int(LAUNCH.get("RANK", 0))  # process 0 of WORLD writes the files
 WORLD = int(LAUNCH.get("WORLD_SIZE", 1))
+WARMUP = 100  # steps in which the learning rate rises
+CLIP = 1.0  # largest norm of the gradient of a network
 LOG_INTERVAL = 50  # steps between lines of the log
 CHECKPOINT_INTERVAL = 500  # steps that are lost at most if a run is killed
 # Shown beside the progress bar, and as curves: {metric: title}. A title's first word is its colour.
@@ -828,14 +827,11 @@ def make_distiller(teacher, config, exact=None, start=None):
 
 
 class TrainState:
-    """What training has reached: networks, average of the weights, optimizer, step, log, and the
-    number of consecutive steps that were skipped."""
+    """What training has reached: networks, average of the weights, optimizer, step and log. path: a
+    checkpoint to go on from, if it is there."""
 
-    WARMUP = 100  # steps in which the learning rate rises
-    CLIP = 1.0  # largest norm of the gradient of a network
-
-    def __init__(self, module, config):
-        self.config, self.step, self.skipped, self.log = config, 0, 0, []
+    def __init__(self, module, config, path=None):
+        self.step, self.log = 0, []
         self.ema = copy.deepcopy(module.network).requires_grad_(False)
         trained = {"model": module.network}
         if getattr(module, "critic", None):
@@ -849,32 +845,18 @@ class TrainState:
                 network.activation_checkpointing = config.activation_checkpointing
                 if config.compile:
                     network.compile()
+        if path and path.exists():
+            with explained(f"{path} cannot be continued: give another --out"):
+                saved = torch.load(path, "cpu", weights_only=True)
+                for name, part in self.parts.items():
+                    part.load_state_dict(saved[name])
+                self.step, self.log = saved["step"], saved["log"]
 
-    def update(self, loss):
-        """One step of weights and average. It is skipped if loss or gradients are not finite.
-        The learning rate is the peak times a linear rise times a linear fall to 0."""
-        config, groups = self.config, self.optimizer.param_groups
-        norms = [nn.utils.clip_grad_norm_(group["params"], self.CLIP) for group in groups]
-        is_finite = torch.stack([loss, *norms]).isfinite().all().item()
-        if is_finite:
-            rise = min(1, (self.step + 1) / self.WARMUP)
-            peaks = config.learning_rate, config.critic_learning_rate
-            for group, peak in zip(groups, peaks):
-                group["lr"] = peak * rise * (1 - self.step / config.steps)
-            self.optimizer.step()
-            # The average is shorter at first, while the weights change fast.
-            kept = min(config.ema_decay, (1 + self.step) / (10 + self.step))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(self.ema.parameters()), groups[0]["params"], 1 - kept)
-        self.optimizer.zero_grad()
-        self.step += 1
-        self.skipped = 0 if is_finite else self.skipped + 1
-
-    def write(self, path):
+    def write(self, path, config):
         """Process 0 writes a checkpoint, and the log beside it. No state of a random generator is
         needed, since draw(step) depends on seed and step only."""
         parts = {name: part.state_dict() for name, part in self.parts.items()}
-        checkpoint = {"kind": path.stem, "config": dataclasses.asdict(self.config), "log": self.log,
+        checkpoint = {"kind": path.stem, "config": dataclasses.asdict(config), "log": self.log,
                       "network": self.ema.settings, "step": self.step, **parts}
         if RANK == 0:
             save(path, lambda file: torch.save(checkpoint, file))
@@ -889,18 +871,23 @@ def train(module, config, state=None):
     module.draw(step) -> {name: tensor, one row for each sample}. module(**batch) -> scalar loss,
     {name: scalar tensor}. state: that of an earlier train of this module, to go on.
     Loss, gradients and metrics are means over processes and micro-batches, which need equally many
-    rows. Only lambda is computed for each micro-batch alone. A step that is not finite is skipped;
+    rows. Only lambda is computed for each micro-batch alone. The learning rate is the peak times a
+    linear rise times a linear fall to 0. A step whose loss or gradients are not finite is skipped;
     ten consecutive ones raise UserError.
     """
     state = state or TrainState(module, config)
-    state.config = config  # settings may have changed; with more steps learning rates rise again
+    groups = state.optimizer.param_groups  # one for each network that is trained
+    peaks = config.learning_rate, config.critic_learning_rate
+    skipped = 0  # consecutive steps
     if config.ema_target:
         module.ema_student = FlowMap(state.ema)
     device = device_of(module.network)
     # Why DDP wraps the loss, not a network: DDP averages gradients only if its own forward is
     # called. The loss calls module.network itself and would bypass a DDP around that. Each process
     # would then train on its own rows only, without a warning.
-    parallel = nn.parallel.DistributedDataParallel(module) if WORLD > 1 else module
+    parallel = module
+    if WORLD > 1:  # as_bucket_view: without a second copy of the gradients
+        parallel = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
     count = config.micro_batches
     while state.step < config.steps:
         batch, values = module.draw(state.step), []  # values: loss and metrics of each part
@@ -908,18 +895,29 @@ def train(module, config, state=None):
             # delta is ordered, so a part takes every n-th row, not n consecutive ones.
             rows = slice(RANK * count + i, None, WORLD * count)
             part = {name: v[rows].to(device) for name, v in batch.items()}
-            if WORLD > 1:  # exchange gradients once, with the last part (no_sync sets the same)
-                parallel.require_backward_grad_sync = i == count - 1
             with torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16"):
                 loss, metrics = parallel(**part)
-            (loss / count).backward()  # DDP then takes the mean over processes
+            (loss / count).backward()  # DDP then takes the mean of gradients over processes
             values.append(torch.stack([loss, *metrics.values()]).detach())
         loss, *means = mean_over_processes(torch.stack(values).mean(0))
-        state.update(loss)
-        if state.skipped == 10:
+        norms = [nn.utils.clip_grad_norm_(group["params"], CLIP) for group in groups]
+        skipped += 1
+        if torch.stack([loss, *norms]).isfinite().all():
+            skipped = 0
+            rise = min(1, (state.step + 1) / WARMUP)
+            for group, peak in zip(groups, peaks):
+                group["lr"] = peak * rise * (1 - state.step / config.steps)
+            state.optimizer.step()
+            # The average is shorter at first, while the weights change fast.
+            kept = min(config.ema_decay, (1 + state.step) / (10 + state.step))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(state.ema.parameters()), groups[0]["params"], 1 - kept)
+        state.optimizer.zero_grad()
+        state.step += 1
+        if skipped == 10:
             raise UserError(f"step {state.step}: ten consecutive steps are not finite: lower the "
                             "learning rate and run again, to continue from the last checkpoint")
-        metrics = {**dict(zip(metrics, means)), "skipped": torch.tensor(float(state.skipped > 0))}
+        metrics = {**dict(zip(metrics, means)), "skipped": torch.tensor(float(skipped > 0))}
         yield state.step, metrics, state
 
 
@@ -1085,10 +1083,9 @@ def draw_set(axis, x, name, columns=6):
         axis.scatter(*plane(x), s=3, linewidths=0, alpha=0.6, color=COLORS.get(name))
         return
     picture = utils.make_grid(x[: columns**2].cpu(), columns, padding=1, pad_value=1).clamp(-1, 1)
-    height, width = picture.shape[1:]
-    axis.imshow(picture.permute(1, 2, 0).numpy() / 2 + 0.5, interpolation="nearest",
-                extent=(0, width, height, 0))
-    axis.set(xlim=(0, width), ylim=(height, 0), box_aspect=height / width)
+    axis.autoscale()  # the limits of panels are for points
+    axis.imshow(picture.permute(1, 2, 0).numpy() / 2 + 0.5, interpolation="nearest")
+    axis.set_box_aspect(picture.shape[1] / picture.shape[2])
 
 
 def plot_samples(samples, titles=None):
@@ -1285,22 +1282,16 @@ def load_student(path, device="cpu"):
 # Public teachers. SiT (arXiv 2401.08740) and REPA (arXiv 2410.06940) are DiTs with the same names.
 # What differs is folded into their weights. SiT's time runs the other way: u(x, t) = SiT(x, 1 - t).
 # REPA's velocity is n - x: u(x, t) = -REPA(x, t).
-AVERAGE = re.compile(r"(\w+_)?ema(_model|_weights|_state_dict|_[\d.]+)?|shadow")  # names in files
-CURRENT = ("model", "state_dict", "model_state_dict")
+FIRST = "x_embedder.proj.weight"  # a tensor that every DiT has
 
 
-def unwrap(file):
-    """Returns a training script's tensors, the keys that lead to them, and its settings."""
-    keys, tensors = [], file
-    while nested := [k for k, v in tensors.items()
-                     if isinstance(v, dict) and (k in CURRENT or AVERAGE.fullmatch(str(k)))]:
-        averages = [k for k in nested if k not in CURRENT]
-        keys.append((averages or nested)[0])
-        tensors = tensors[keys[-1]]
-    prefix = re.compile(r"^((module|_orig_mod|model)\.)+")  # of DDP, torch.compile and others
-    tensors = {prefix.sub("", name): v for name, v in tensors.items()}
-    args = file.get("args", {})
-    return tensors, keys, {**file, **getattr(args, "__dict__", args)}  # of a Namespace, or a dict
+def flatten(nested, prefix=""):
+    """Dicts in dicts -> one dict, its keys joined by dots."""
+    flat = {}
+    for key, v in nested.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(v, f"{name}.") if isinstance(v, dict) else {name: v}
+    return flat
 
 
 def find_format(tensors, settings, told=""):
@@ -1310,7 +1301,7 @@ def find_format(tensors, settings, told=""):
     if prediction not in ("", "velocity", "v") or path_type not in ("", "linear", "Linear"):
         raise ValueError(f"{prediction=}, {path_type=}: give a velocity of linear paths")
     # SiT has twice the output channels, of which the second half is unused. REPA has projectors.
-    _, C, p, _ = tensors["x_embedder.proj.weight"].shape
+    _, C, p, _ = tensors[FIRST].shape
     has_twice = len(tensors["final_layer.linear.bias"]) == 2 * C * p * p
     has_projectors = any(name.startswith(("projectors.", "decoder_blocks.")) for name in tensors)
     is_sit = told == "sit" or prediction == "velocity" or has_twice
@@ -1328,7 +1319,14 @@ def read_public(file, teacher_format="", num_heads=0):
     load_teacher; num_heads: 0 if not known. Raises ValueError as find_format does, KeyError for
     files of other models.
     """
-    tensors, keys, settings = unwrap(file)
+    # Tensors lie in dicts of the script, with prefixes of DDP and others: "ema.module.". All that
+    # leads to FIRST is the prefix. If there are several networks, the averaged one is taken.
+    flat = flatten(file)
+    prefixes = [name.removesuffix(FIRST) for name in flat if name.endswith(FIRST)]
+    prefix = max(prefixes, key=lambda name: "ema" in name or "shadow" in name, default="")
+    tensors = {name.removeprefix(prefix): v for name, v in flat.items() if name.startswith(prefix)}
+    args = file.get("args", {})  # a Namespace or a dict
+    settings = {**file, **getattr(args, "__dict__", args)}
     origin = find_format(tensors, settings, teacher_format)
     # Names: REPA's projectors are not needed. Its older files name the later blocks decoder_blocks.
     tensors = {name: v for name, v in tensors.items() if not name.startswith("projectors.")}
@@ -1344,7 +1342,7 @@ def read_public(file, teacher_format="", num_heads=0):
         tensors["t_embedder.mlp.0.weight"] = torch.cat(
             [of_cos * w.cos() + of_sin * w.sin(), of_cos * w.sin() - of_sin * w.cos()], 1)
     # Output: of SiT the first half of the channels, of REPA the negative.
-    _, C, p, _ = tensors["x_embedder.proj.weight"].shape
+    _, C, p, _ = tensors[FIRST].shape
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
         used = tensors[name].unflatten(0, (p * p, -1))[:, :C].flatten(0, 1)  # pixel, channel
         tensors[name] = used if origin == "SiT" else -used
@@ -1353,14 +1351,14 @@ def read_public(file, teacher_format="", num_heads=0):
     classes = settings.get("num_classes", 1000 if len(table) == 1000 else len(table) - 1)
     if len(table) == classes:
         tensors["y_embedder.embedding_table.weight"] = torch.cat([table, table.mean(0)[None]])
-    return {"format": " ".join([origin, *keys]), "ema": tensors, "has_null": len(table) > classes,
+    return {"format": f"{origin} {prefix}", "ema": tensors, "has_null": len(table) > classes,
             "network": infer_settings(tensors, num_heads)}
 
 
 def infer_settings(tensors, num_heads=0):
     """Settings of a DiT with these tensors. Without qk_norm no tensor tells the number of heads:
     then it is that of a SiT or REPA of this width."""
-    E, C, p, _ = tensors["x_embedder.proj.weight"].shape
+    E, C, p, _ = tensors[FIRST].shape
     heads = num_heads or (16 if E == 1152 else max(1, E // 64))  # XL has 16
     qk_norm = "blocks.0.attn.q_norm.weight" in tensors
     if qk_norm:
@@ -1371,31 +1369,12 @@ def infer_settings(tensors, num_heads=0):
             "depth": sum(name.endswith(".attn.qkv.weight") for name in tensors)}
 
 
-def check_teacher(teacher):
-    """Raise UserError if a teacher's samples do not look like pictures or latents.
-
-    A file that is read in a wrong way would still get good scores, since they compare the student
-    with it. REPA read as SiT maps noise to noise: neighbouring values have a correlation of 0, in
-    pictures and latents above 0.5. A network that predicts noise, u = n, gives 2z: data has a
-    spread near 1.
-    """
-    z = draw_noise(teacher, 16, generator(0))
-    y = torch.arange(16, device=z.device) % max(1, teacher.num_classes)
-    x = solve_ode(teacher, z, 8, y=y)
-    neighbours = torch.stack([x[..., 1:].flatten(), x[..., :-1].flatten()])
-    correlation = torch.corrcoef(neighbours)[0, 1].item()
-    spread = x.std().item()
-    if not (correlation > 0.15 and 0.2 < spread < 1.7):
-        raise UserError(f"samples do not look like data (spread {spread:.2f}, {correlation=:.2f}): "
-                        "try another --teacher-format or --num-heads, or --trust-teacher")
-
-
 # 10. Runs and the command line --------------------------------------------------------------------
 # main, at the end, calls run_training or run_sampling. Skip at first.
 
 
 def make_parser():
-    """A flag for every field of Config."""
+    """A flag for every field of Config. The help shows the defaults of toys."""
     parser = argparse.ArgumentParser("fmd.py", "python fmd.py [flags]", __doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda text: parser.exit(2, f"fmd: {text}; python fmd.py --help lists flags\n")
@@ -1403,12 +1382,9 @@ def make_parser():
                tuple: {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}}
     for f in dataclasses.fields(Config):
         kind = special.get(f.type, {"type": f.type, "choices": f.metadata["choices"]})
-        text = f.metadata["help"]
-        of_toys = getattr(make_config(), f.name)
-        if f.default != "":
-            text += f" ({f.default})"
-        if of_toys != f.default:
-            text += f" (toys: {of_toys})"
+        text, default = f.metadata["help"], getattr(make_config(), f.name)
+        if default != "":
+            text += f" (toys: {default})"
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
     return parser
 
@@ -1468,8 +1444,19 @@ def open_teacher(given, device):
     network, file = load_network(given["teacher"], "teacher", device, *told)
     if RANK == 0:
         print(f"{given['teacher']}: {file.get('format', 'fmd')}, {network.settings}")
+    # Samples of a public file must look like pictures or latents. A file read in a wrong way would
+    # still get good scores, since they compare the student with it. REPA read as SiT maps noise to
+    # noise: neighbouring values have a correlation of 0, in pictures and latents above 0.5. A
+    # network that predicts noise, u = n, gives 2z: data has a spread near 1.
     if "format" in file and not given.get("trust_teacher"):
-        check_teacher(network)
+        y = torch.arange(16, device=device) % max(1, network.num_classes)
+        x = solve_ode(network, draw_noise(network, 16, generator(0)), 8, y=y)
+        neighbours = torch.stack([x[..., 1:].flatten(), x[..., :-1].flatten()])
+        correlation = torch.corrcoef(neighbours)[0, 1].item()
+        spread = x.std().item()
+        if not (correlation > 0.15 and 0.2 < spread < 1.7):
+            raise UserError(f"samples do not look like data ({spread=:.2f}, {correlation=:.2f}): "
+                            "try another --teacher-format or --num-heads, or --trust-teacher")
     if not file.get("has_null", True):
         if given.get("guidance_max", 1) > 1 or given.get("guidance", 1) > 1:
             raise UserError("--guidance, --guidance-max: give 1, this teacher has no null label", 2)
@@ -1537,48 +1524,29 @@ def run_stages(teacher, start, data, config, out):
             evaluate(FlowMap(network), distiller.teacher, data, config, out, log + more)
 
 
-def forwards_needed(module, config):
-    """The cost of a step in forwards of one sample: a backward pass is two, a jvp two (though torch
-    spends three: the count is what the method needs)."""
-    training = 3 + config.activation_checkpointing
-    teacher = 1 + config.is_guided
-    if not isinstance(module, Distiller):
-        return training * config.batch_size
-    predict = training + 2 + teacher  # F, dF/ddelta, u
-    if config.prediction == "solver":
-        predict = training + 1 + 4 * config.solver_steps * teacher  # F, the jump, RK4
-    correct = 2 * training + teacher  # F and critic, u
-    return predict * (config.batch_size - config.corrections) + correct * config.corrections
-
-
-def summarise(recent, seconds, module, config):
-    """A line of the log: means of the metrics of recent steps, and what these steps cost."""
-    line = {name: torch.stack([m[name] for m in recent]).nanmean().item() for name in recent[0]}
-    line["samples_per_second"] = config.batch_size * len(recent) / seconds
-    if device_of(module.network).type == "cuda":
-        x = torch.zeros(1, *module.network.shape, device="cuda")
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            module.network(x, x.new_ones(1))
-        flops = counter.get_total_flops() * forwards_needed(module, config) * len(recent)
-        line["tflops"] = flops / seconds / 1e12  # of all processes together
-        line["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return line
+def flops_of_step(module, config):
+    """The cost of a training step, counted on a small part of its rows. It trains nothing."""
+    share = math.gcd(config.batch_size, config.corrections)  # a part with both kinds of rows
+    batch = module.draw(0).items()
+    with FlopCounterMode(display=False) as counter:
+        loss, _ = module(**{name: v[::share].to(device_of(module.network)) for name, v in batch})
+        loss.backward()
+    module.zero_grad()
+    return share * counter.get_total_flops()
 
 
 def run_stage(kind, module, config, out, score=None):
     """Train, from the checkpoint out/<kind>.pt if it is there: on a CPU to the same bits as without
     a break. score(network) -> endpoint error. Returns the averaged network and the log. At Ctrl-C
     or SIGTERM the step ends and is saved; then UserError."""
-    path, state = out / f"{kind}.pt", TrainState(module, config)
-    if path.exists():
-        with explained(f"{path} cannot be continued: give another --out"):
-            saved = torch.load(path, "cpu", weights_only=True)
-            for name, part in state.parts.items():
-                part.load_state_dict(saved[name])
-            state.step, state.log = saved["step"], saved["log"]
-        if RANK == 0:
-            print(f"{path} has {state.step} of {config.steps} steps")
-    state.write(path)  # a folder that cannot be written is found now
+    path = out / f"{kind}.pt"
+    flops = flops_of_step(module, config)  # before networks are compiled
+    state = TrainState(module, config, path)
+    if state.step == 0:
+        state.write(path, config)  # a folder that cannot be written is found now
+    elif RANK == 0:
+        print(f"{path} has {state.step} of {config.steps} steps; to train again, for example with "
+              "a changed fmd.py, give another --out")
     recent, interrupts, clock = [], [], time.perf_counter()
     signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
     bar = tqdm(train(module, config, state), kind, config.steps, initial=state.step,
@@ -1588,14 +1556,18 @@ def run_stage(kind, module, config, out, score=None):
         is_last = is_stopped or step == config.steps
         recent.append(metrics)
         if is_last or step % LOG_INTERVAL == 0:
-            line = summarise(recent, time.perf_counter() - clock, module, config)
+            seconds = (time.perf_counter() - clock) / len(recent)  # a step
+            line = {k: torch.stack([m[k] for m in recent]).nanmean().item() for k in metrics}
+            line["samples_per_second"] = config.batch_size / seconds
+            line["tflops"] = flops / seconds / 1e12  # of all processes together
+            line["peak_gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             if RANK == 0 and score:
                 line["endpoint_error"] = score(state.ema)
             state.log.append({"stage": kind, "step": step, **line})
             bar.set_postfix({k: f"{line[k]:.3g}" for k in SHOWN if k in line}, refresh=False)
             recent, clock = [], time.perf_counter()
         if is_last or step % CHECKPOINT_INTERVAL == 0:
-            state.write(path)
+            state.write(path, config)
         if is_stopped:
             bar.close()
             raise UserError(f"interrupted: {path} holds step {step}, the same command continues")
@@ -1608,21 +1580,21 @@ def run_stage(kind, module, config, out, score=None):
 def run_sampling(given, device):
     """Draw samples of the student in --out, or of the newest run of the data set: samples.png, and
     samples.npz in the layout of ADM's evaluation: arr_0 is uint8 pictures or latents (N, H, W, C),
-    or points (N, 2); arr_1 is labels (N,). Every process computes its share."""
+    or points (N, 2); arr_1 is labels (N,). One evaluation a sample: process 0 computes them all."""
+    if RANK > 0:
+        return
     dataset = given.get("dataset", "toy2d")
-    runs = Path("runs").glob(f"{dataset}*/student.pt")
+    runs = [path for path in Path("runs").glob("*/student.pt")
+            if f'"dataset": "{dataset}"' in (path.parent / "config.json").read_text()]
     newest = max(runs, key=os.path.getmtime, default=Path("runs", dataset, "student.pt"))
     out = Path(given.get("out", newest.parent))
     network, file = load_network(out / "student.pt", "student", device)
-    theirs = {k: v for k, v in file["config"].items() if hasattr(Config, k)}  # of any version
-    theirs = json.loads(json.dumps(theirs))  # with lists, as those of flags
+    theirs = json.loads(json.dumps(file["config"]))  # with lists, as those of flags
     for name, v in given.items():
         if name not in {*MAY_CHANGE, "seed"} and v != theirs[name]:
             raise UserError(f"{flag(name)} {v}: {out} has {theirs[name]}, give another --out", 2)
     config = Config(**{**theirs, "seed": 0, **given})
     N = config.samples
-    if N < WORLD:
-        raise UserError(f"--samples: give {WORLD} or more, one for each process", 2)
     y, strength = conditions(network, config, N)
     if config.classes:
         with explained(f"--classes: {out} has {network.num_classes} labels, give some, as in 0,1"):
@@ -1630,13 +1602,7 @@ def run_sampling(given, device):
         y = torch.tensor(labels, device=y.device)[torch.arange(N) % len(labels)]
     y = y.expand(N)
     z = draw_noise(network, N, generator(config.seed, SAMPLING))
-    mine = slice(RANK, None, WORLD)  # the rows that this process computes
-    x = torch.zeros_like(z)
-    x[mine] = in_batches(lambda z, y: jump(FlowMap(network), z, y, strength), z[mine], y[mine])
-    if WORLD > 1:
-        distributed.all_reduce(x)  # the other rows are zero
-    if RANK > 0:
-        return
+    x = in_batches(lambda z, y: jump(FlowMap(network), z, y, strength), z, y)
     rows = x.cpu().permute(0, 2, 3, 1)
     if config.dataset == "toy2d":
         rows = to_view(x, network).flatten(1)
@@ -1675,7 +1641,7 @@ def main(argv=None):
             line, status = (*e.args, 1)[:2]
         elif isinstance(e, KeyboardInterrupt):
             line = "interrupted: the same command continues"
-        elif "memory" in str(e):
+        elif isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "t allocate mem" in str(e):
             line = "out of memory: raise --micro-batches, or give --activation-checkpointing"
         if RANK == 0 or status == 1:
             print("fmd:", *line.split(), file=sys.stderr)
