@@ -39,7 +39,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import datetime
 import itertools
 import json
 import math
@@ -66,9 +65,9 @@ from tqdm import tqdm
 # A teacher is any function u(x, t, y) that returns a velocity. The student learns its flow map with
 # two losses: prediction compares v_G with u, correction compares v_N with u.
 # Why from noise alone: a guided or imperfect teacher passes through states that noised data rarely
-# reach (the teacher-data mismatch). Methods that train on noised data, as MeanFlow does, learn
-# little about these states. But they build long jumps from short ones that pass through them. At
-# t = 1 noised data and the teacher's states have the same distribution, N(0, I), for any teacher.
+# reach (the teacher-data mismatch). A method that trains on noised data, as MeanFlow does, sees few
+# of these states, but its long jumps are built from short ones through them. At t = 1 noised data
+# and the teacher's states have the same distribution, N(0, I), for any teacher.
 
 
 def expand(v):
@@ -133,15 +132,15 @@ def solve_ode(u, z, steps, method="heun", y=None, return_path=False, t=1.0, leng
 
 def guided(teacher, guidance, interval=(0.0, 1.0)):
     """Classifier-free guidance: u_gamma = gamma u(.|y) + (1 - gamma) u(.|null), another teacher.
-    guidance: the strength gamma, (B,) or (1,); it is 1 for t outside of the interval. None: the
-    teacher itself."""
+    guidance: the strength gamma, (B,) or (1,). Outside of the interval of t the strength is 1.
+    None: the teacher itself."""
     if guidance is None:
         return teacher
 
     def u(x, t, y=None):
         labelled = teacher(x, t, y)
         null = teacher(x, t)
-        # 1e-4: the t of a solver is rounded, its last may be a little less than 0.
+        # 1e-4: the t of a solver is rounded, its last may be -1e-7.
         is_inside = (interval[0] - 1e-4 <= t) & (t <= interval[1] + 1e-4)
         gamma = torch.where(is_inside, guidance, 1.0)
         return null + expand(gamma) * (labelled - null)
@@ -216,9 +215,9 @@ def correction_gradient(v_N, u, x_r, r, y=None):
     Together: E[(1 - r)^2 / r (dF/dtheta)^T D_N]. Like [11], the loss leaves out the positive weight
     (1 - r)^2 / r. This only changes how much each noise level r counts.
 
-    Why D_N need not be zero for a perfect student: step 2 takes u for E[x - n | x_r] of the samples
-    of u's own ODE. A learned u is only near it, and a guided one, gamma u(.|y) + (1 - gamma)
-    u(.|null), is no conditional mean. So the KL is approximate; and v_N is learned too.
+    Why D_N need not be zero for a perfect student: step 2 assumes that u is E[x - n | x_r] for the
+    samples x that u's own ODE ends in. A learned u is only near it, and a guided one, gamma u(.|y)
+    + (1 - gamma) u(.|null), is no conditional mean. So the KL is approximate; v_N is learned too.
     """
     return v_N - u(x_r, r, y)  # D_N of [11]
 
@@ -250,8 +249,8 @@ class Distiller(nn.Module):
 
     Why the correction has its own guidance interval: D_N need not be zero for a perfect student. We
     measured on digits that a guided u pulls to more guidance, an unguided u to less. The paper
-    guides u for r up to 0.7 only, about half of the rows: the two pulls partly cancel. Its FID
-    (DiT-B/2) is then 5.6, with [0, 1] 8.7.
+    guides u for r up to 0.7 only, about half of the rows. So one half pulls to more guidance and
+    the other to less. Its FID (DiT-B/2) is then 5.6, with [0, 1] 8.7.
     """
 
     def __init__(self, network, critic, teacher, config):
@@ -267,7 +266,7 @@ class Distiller(nn.Module):
         if len(z_G):  # Predict
             u = guided(self.teacher, guidance_G, config.guidance_interval)
             F = student.F(z_G, delta, y_G, guidance_G)
-            if config.prediction == "solver":  # ours: what takes the place of D_G; read it last
+            if config.prediction == "solver":  # recipe fast, ours: takes the place of D_G. Skip it
                 D_G = self.solver_gradient(u, F, z_G, delta, h, y_G, guidance_G)
             else:
                 D_G = prediction_gradient(student, u, z_G, delta, y_G, guidance_G,
@@ -328,10 +327,10 @@ class Distiller(nn.Module):
             if config.is_guided:
                 strength = torch.rand(count, generator=g)
                 batch[f"guidance_{side}"] = 1 + (config.guidance_max - 1) * strength
-        # U is stratified: one row in each of `predict` equal parts of (0, 1]. Recipe fast (form
-        # solver) has delta = min(1, 2 U): half of the rows learn the sample f(z, 1) itself.
-        U = 1 - (torch.arange(predict) + torch.rand(predict, generator=g)) / predict
-        batch["delta"] = (config.delta_scale * U).clamp(1e-3, 1)  # solver divides by delta
+        # Uniform in (0, 1], stratified: each of `predict` equal parts has one row. Recipe fast
+        # (form solver) doubles it: half of the rows have delta = 1, they learn the sample itself.
+        uniform = 1 - (torch.arange(predict) + torch.rand(predict, generator=g)) / predict
+        batch["delta"] = (config.delta_scale * uniform).clamp(1e-3, 1)  # solver divides by delta
         if config.prediction == "solver":
             h = config.solver_interval * (0.5 + 0.5 * torch.rand(predict, generator=g))
             batch["h"] = torch.minimum(h, batch["delta"])  # h = delta: the row starts at z
@@ -651,7 +650,7 @@ class Config:
     quick: bool = option(False, "a size that two cores train in minutes; imagenet has none")
     stage: str = option("all", "what to do", choices=["all", "teacher", "sample"])
     out: str = option("", "folder of the run; default: the next free one under runs/")
-    seed: int = option(0, "of all that is random; with --stage sample of the noises", 0)
+    seed: int = option(0, "of everything random; with --stage sample, of the noises", 0)
     debug: bool = option(False, "show where an error comes from")
     # data and teacher
     toy: str = option("checkerboard", f"{', '.join(TOYS)}, or POINTS.npy with N x 2 numbers")
@@ -678,7 +677,7 @@ class Config:
     critic_learning_rate: float = option(1e-4, "peak", 0)
     # prediction [7, 8, 9]
     prediction: str = option("jvp", "how to find D_G", choices=["jvp", "difference", "solver"])
-    delta_scale: float = option(1.0, "delta = min(1, this x U(0, 1)); above 1: for form solver", 1)
+    delta_scale: float = option(1.0, "delta = min(1, this x uniform); above 1: for form solver", 1)
     solver_interval: float = option(0.6, "form solver: the longest interval h", 1e-4, 1)
     solver_steps: int = option(2, "form solver: RK4 steps of the teacher in an interval", 1)
     ema_target: bool = option(False, "form solver: jump with the student's averaged weights")
@@ -693,7 +692,7 @@ class Config:
     correction_interval: tuple = option((0.0, 1.0), "the same, in the correction", 0, 1)
     guidance: float = option(1.0, "strength of samples and measures, 1 to guidance_max", 1)
     # machine
-    device: str = option(str(torch.accelerator.current_accelerator(True) or "cpu"), "cpu or cuda")
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
     precision: str = option("float32", "of training", choices=["float32", "bfloat16"])
     micro_batches: int = option(1, "parts of a step, one after the other, to save memory", 1)
     activation_checkpointing: bool = option(False, "recompute activations to save memory")
@@ -901,7 +900,7 @@ def train(module, config, state=None):
             values.append(torch.stack([loss, *metrics.values()]).detach())
         loss, *means = mean_over_processes(torch.stack(values).mean(0))
         norms = [nn.utils.clip_grad_norm_(group["params"], CLIP) for group in groups]
-        skipped += 1
+        skipped += 1  # unless the step is finite
         if torch.stack([loss, *norms]).isfinite().all():
             skipped = 0
             rise = min(1, (state.step + 1) / WARMUP)
@@ -1525,14 +1524,15 @@ def run_stages(teacher, start, data, config, out):
 
 
 def flops_of_step(module, config):
-    """The cost of a training step, counted on a small part of its rows. It trains nothing."""
-    share = math.gcd(config.batch_size, config.corrections)  # a part with both kinds of rows
-    batch = module.draw(0).items()
+    """The FLOPs of a training step, counted on about eight of its rows. It trains nothing."""
+    every = max(1, config.batch_size // 8)
+    device = device_of(module.network)
+    part = {name: v[::every].to(device) for name, v in module.draw(0).items()}
     with FlopCounterMode(display=False) as counter:
-        loss, _ = module(**{name: v[::share].to(device_of(module.network)) for name, v in batch})
+        loss, _ = module(**part)
         loss.backward()
     module.zero_grad()
-    return share * counter.get_total_flops()
+    return every * counter.get_total_flops()
 
 
 def run_stage(kind, module, config, out, score=None):
@@ -1621,11 +1621,10 @@ def main(argv=None):
     warnings.filterwarnings("ignore", module="torch")  # torch's own, about what jvp uses
     try:
         name = given.get("device", Config.device)
-        if WORLD > 1:  # process 0 may measure or download for long while the others wait
+        if WORLD > 1:
             # gloo also beside NCCL: the flag of an interruption is exchanged on the CPU.
             on_gpus = name == "cuda" and torch.cuda.is_available()
-            distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo",
-                                           timeout=datetime.timedelta(minutes=60))
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
         with explained("--device: not on this machine, or fewer GPUs than processes: give cpu"):
             if WORLD > 1 and name == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -1641,7 +1640,7 @@ def main(argv=None):
             line, status = (*e.args, 1)[:2]
         elif isinstance(e, KeyboardInterrupt):
             line = "interrupted: the same command continues"
-        elif isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "t allocate mem" in str(e):
+        elif isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e):
             line = "out of memory: raise --micro-batches, or give --activation-checkpointing"
         if RANK == 0 or status == 1:
             print("fmd:", *line.split(), file=sys.stderr)

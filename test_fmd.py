@@ -1672,7 +1672,7 @@ def test_processes_have_a_backend_for_their_device(monkeypatch, capsys, tmp_path
     monkeypatch.setattr(fmd, "WORLD", 2)
     used = []
     monkeypatch.setattr(
-        fmd.distributed, "init_process_group", lambda backend, timeout: used.append(backend))
+        fmd.distributed, "init_process_group", lambda backend: used.append(backend))
     monkeypatch.setenv("LOCAL_RANK", "99")
     for has_gpu in True, False:
         monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
