@@ -66,8 +66,8 @@ from tqdm import tqdm
 # two losses: prediction compares v_G with u, correction compares v_N with u.
 # Why from noise alone: a guided or imperfect teacher passes through states that noised data rarely
 # reach (the teacher-data mismatch). A method that trains on noised data, as MeanFlow does, sees few
-# of these states, but its long jumps are built from short ones through them. At t = 1 noised data
-# and the teacher's states have the same distribution, N(0, I), for any teacher.
+# of these states, but it builds long jumps from short ones that pass through exactly these states.
+# At t = 1 noised data and the teacher's states have the same distribution, N(0, I).
 
 
 def expand(v):
@@ -199,7 +199,10 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
 # With L = <e, u(f) - u(phi)> / ||e||^2 this gives d||e||/ddelta <= ||D_G|| + L ||e||. So (Gronwall)
 #     ||e|| at delta = 1 <= integral over delta of ||D_G|| exp(integral of L from delta to 1).
 # L is the rate at which the field enlarges the error. Between modes paths part, L > 0: a small D_G
-# at an early delta can become a large error. Inside of a narrow mode L is mostly below 0.
+# at an early delta can become a large error. Inside of a narrow mode paths come together, and L is
+# mostly below 0.
+
+
 @torch.no_grad()  # sg: D_N is constant too
 def correction_gradient(v_N, u, x_r, r, y=None):
     """Correct: D_N = v_N - u(x_r, r) of [11], a constant (B, C, H, W). D_G judges one place of a
@@ -226,7 +229,7 @@ EPS = 1e-3  # of decay and lambda; the paper's value is not known to us
 
 
 def decay(D, k):
-    """D / (||D||^2 / d + eps)^k of each sample. (MeanFlow, arXiv 2505.13447, does not divide by d.)
+    """D / (||D||^2 / d + eps)^k of each sample. (MeanFlow does not divide by d: its eps differs.)
 
     What k does: a sample pulls with ||D||^(1 - 2k). At k = 0 large residuals dominate, at 1/2 all
     samples pull equally, at 1 large residuals pull less. (Residuals with ||D||^2 / d far below eps
@@ -244,8 +247,8 @@ class Distiller(nn.Module):
     (train, section 6, changes the weights.)
 
     network: a velocity network, read as the student's F. critic: another, which learns v_N. It too
-    starts as a copy of the teacher, since v_N comes nearer to u as the student learns. teacher:
-    u(x, t, y), never changed. config: a Config.
+    starts as a copy of the teacher: a copy is a velocity network already, and as the student learns
+    v_N comes nearer to u. teacher: u(x, t, y), never changed. config: a Config.
 
     Why the correction has its own guidance interval: D_N need not be zero for a perfect student. We
     measured on digits that a guided u pulls to more guidance, an unguided u to less. The paper
@@ -266,7 +269,7 @@ class Distiller(nn.Module):
         if len(z_G):  # Predict
             u = guided(self.teacher, guidance_G, config.guidance_interval)
             F = student.F(z_G, delta, y_G, guidance_G)
-            if config.prediction == "solver":  # recipe fast, ours: takes the place of D_G. Skip it
+            if config.prediction == "solver":  # ours, in recipe fast. At first skip this branch
                 D_G = self.solver_gradient(u, F, z_G, delta, h, y_G, guidance_G)
             else:
                 D_G = prediction_gradient(student, u, z_G, delta, y_G, guidance_G,
@@ -300,10 +303,10 @@ class Distiller(nn.Module):
 
         Why lambda: both norms change in training. lambda gives D_N alpha times the size of D_G, so
         the correction fades as D_G does. It takes D_G before its decay (our choice): decayed, D_G
-        has the size ||D_G||^(1 - 2k), which does not fade at k = 1/2 and grows at k = 1. So beside
-        the decayed prediction the correction has the weight alpha (||D_G||^2 / d + eps)^k.
-        The price: where D_N is small, as at the start, most of it may be the critic's error, and
-        lambda enlarges that.
+        has the size ||D_G||^(1 - 2k), which does not fade at k = 1/2 and grows at k = 1. So the
+        correction has alpha (||D_G||^2 / d + eps)^k times the size of the decayed prediction.
+        The price: where D_N is small, most of it may be the critic's error, which lambda enlarges.
+        At step 0 the critic is the teacher: D_N is 0 without guidance, lambda alpha E||D_G|| / eps.
         """
         if D_G is None:
             return torch.tensor(self.config.alpha, device=D_N.device)
@@ -320,19 +323,20 @@ class Distiller(nn.Module):
         predict = config.batch_size - correct
         batch = {}
         for side, count in ("G", predict), ("N", correct):
-            y = torch.randint(max(1, classes), (count,), generator=g)  # no classes: 0, null
+            y = torch.randint(max(1, classes), (count,), generator=g)  # without classes 0 is null
             is_null = torch.rand(count, generator=g) < config.label_dropout
             batch[f"z_{side}"] = torch.randn(count, *shape, generator=g)
             batch[f"y_{side}"] = torch.where(is_null, classes, y)
             if config.is_guided:
                 strength = torch.rand(count, generator=g)
                 batch[f"guidance_{side}"] = 1 + (config.guidance_max - 1) * strength
-        # Uniform in (0, 1], stratified: each of `predict` equal parts has one row. Recipe fast
-        # (form solver) doubles it: half of the rows have delta = 1, they learn the sample itself.
+        # Uniform in (0, 1], stratified for less variance: one row in each of `predict` equal parts.
+        # Recipe fast (form solver) has delta = min(1, 2 uniform): half of the rows learn the sample
+        # f(z, 1) itself. The paper's forms match velocities, so they need all delta.
         uniform = 1 - (torch.arange(predict) + torch.rand(predict, generator=g)) / predict
         batch["delta"] = (config.delta_scale * uniform).clamp(1e-3, 1)  # solver divides by delta
         if config.prediction == "solver":
-            h = config.solver_interval * (0.5 + 0.5 * torch.rand(predict, generator=g))
+            h = config.solver_interval * (1 + torch.rand(predict, generator=g)) / 2  # 0.3 to 0.6
             batch["h"] = torch.minimum(h, batch["delta"])  # h = delta: the row starts at z
         # Why r lies near the noise (median sigmoid(0.8) = 0.69): with little noise the x_r of
         # student and teacher hardly overlap where the student is wrong, and D_N cannot see modes
@@ -344,15 +348,16 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def solver_gradient(self, u, F, z, delta, h, y, guidance):
-        """The form `solver`, ours. It needs no dF/ddelta, which can be poor where F is good.
-            start = f_0(z, delta - h)    a jump; f_0 is f, or f with averaged weights (ema_target)
+        """The form `solver`, ours. It needs no dF/ddelta: training fits F, its slope is less exact.
+            start = f_0(z, delta - h)    a jump; f_0 is f, or with ema_target f with averaged
+                                         weights, whose errors are smaller
             end                          the teacher's ODE, solved from start to delta
         The result, (f(z, delta) - end) / delta, takes the place of D_G: it moves f(z, delta) to
         `end`. If h = delta, start is z, and `end` is phi(z, delta).
 
         Why h is long: the teacher leads over h only, the rest is the student's own jump with its
-        errors. To first order in h and in f - f_0 the result is
-            h / delta D_G + (f - f_0)(z, delta - h) / delta.
+        errors. A small h shows it. To first order in h and in f - f_0 the result is then
+            (h / delta) D_G + (f - f_0)(z, delta - h) / delta.
         The first term, which has the teacher's u, shrinks with h. The second does not: with
         ema_target it only pulls the student to its own average.
         """
@@ -381,9 +386,9 @@ class GaussianMixture(nn.Module):
 
     def forward(self, x, t, y=None):
         """The exact u(x, t | y), (B, d, 1, 1). x_t is a mixture too, with means (1 - t) mu_k and
-        variance (1 - t)^2 blur^2 + t^2. Given its component k, E[x - n | x_t] is linear in mu_k,
-        mu_k + slope (x_t - (1 - t) mu_k) with slope = Cov(x - n, x_t) / Var(x_t). So E[mu_k | x_t]
-        is all that is needed."""
+        variance (1 - t)^2 blur^2 + t^2. Given its component k, x - n and x_t are jointly Gaussian
+        with means mu_k and (1 - t) mu_k. So E[x - n | x_t] is mu_k + slope (x_t - (1 - t) mu_k),
+        with slope = Cov(x - n, x_t) / Var(x_t), and E[mu_k | x_t] is all that is needed."""
         x_t = x.flatten(1)
         t = t[:, None]
         variance = (1 - t) ** 2 * self.blur**2 + t**2
@@ -513,7 +518,8 @@ class DiT(nn.Module):
         self.register_buffer("pos_embed", torch.cat([columns, rows], 1)[None].float())  # (1, T, E)
         self.t_embedder = Embedder(E)
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, E)})
-        # register_module keeps the place: optimizer states follow the order of parameters.
+        # An entry None keeps its place. If from_teacher fills it, parameters have the same order as
+        # in a network that is built with guidance; states of optimizers rely on this order.
         self.register_module("guidance_embedder", Embedder(E) if guidance else None)
         self.blocks = nn.ModuleList(Block(E, num_heads, qk_norm) for _ in range(depth))
         self.final_layer = nn.ModuleDict({
@@ -568,7 +574,8 @@ class DiT(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             shift, scale = self.final_layer.adaLN_modulation(condition)[:, None].chunk(2, 2)
             x = self.final_layer.linear(modulate(x, shift, scale))  # (B, T, p p C)
-        return x.view(B, H // p, W // p, p, p, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, H, W)
+        x = x.view(B, H // p, W // p, p, p, C)  # row and column of the token, then of the pixel
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(B, C, H, W)
 
 
 # 4. Data -----------------------------------------------------------------------------------------
@@ -707,11 +714,12 @@ class Config:
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in choices:
                 raise UserError(f"{flag(f.name)} {value}: give one of {choices}", 2)
-            low, high = f.metadata["low"], f.metadata["high"]
-            # low, the number or the two ends of an interval, high: none may be less than the last
-            if f.type is not str and not (np.diff(np.hstack([low, value, high])) >= 0).all():
-                raise UserError(f"{flag(f.name)} {value}: give numbers from {low} to {high}, of an "
-                                "interval the lower end first", 2)
+            if f.type is not str:
+                low, high = f.metadata["low"], f.metadata["high"]
+                first, last = value if f.type is tuple else (value, value)
+                if not low <= first <= last <= high:
+                    raise UserError(f"{flag(f.name)} {value}: give numbers from {low} to {high}, "
+                                    "of an interval the lower end first", 2)
         if 0 < self.correction_share < 1 and self.corrections in (0, self.batch_size):
             raise UserError("--batch-size: too small for this --correction-share", 2)
         if self.is_guided and not (self.label_dropout or self.teacher):
@@ -742,7 +750,9 @@ PICTURES = {"patch_size": 2, "hidden_size": 384, "depth": 12, "num_heads": 6, "e
             "guidance_max": 4.0, "guidance": 2.0, "correction_interval": (0.0, 0.7),
             "precision": "bfloat16", "eval_samples": 5000}
 PRESETS = {
-    # Toys are measured without labels (see conditions), so most of their training has none.
+    # Toys are measured without labels (see conditions), so most of their training has none: with
+    # its label each cell of the board would be an easy problem of its own. t_location: sharp edges
+    # are learned at small t.
     "toy2d": {"label_dropout": 0.9, "t_location": -0.8, "teacher_steps": 1000, "steps": 1400,
               "teacher_learning_rate": 8e-3, "learning_rate": 0.01, "critic_learning_rate": 0.016},
     "mnist": PICTURES,
@@ -752,9 +762,9 @@ PRESETS = {
                  "teacher_learning_rate": 1e-4, "guidance_max": 3.0, "guidance": 1.4,
                  "ema_decay": 0.9999, "eval_samples": 2000},
 }
-# paper: the defaults of Config and the correction_interval of PICTURES, the paper's values where we
-# know them. (The paper has alpha from 0.3 to 3, and also the form difference.) fast: ours, measured
-# on small models.
+# paper: nothing to add. The defaults of Config and the correction_interval of PICTURES are the
+# paper's values, where we know them. (The paper has alpha from 0.3 to 3, and also the form
+# difference.) fast: ours, measured on small models.
 RECIPES = {"paper": {},
            "fast": {"prediction": "solver", "decay": 0.5, "alpha": 0.3, "delta_scale": 2.0,
                     "ema_target": True, "correction_share": 0.125}}
@@ -835,7 +845,7 @@ class TrainState:
         trained = {"model": module.network}
         if getattr(module, "critic", None):
             trained["critic"] = module.critic
-        # requires_grad_: a copy of another state's average is frozen.
+        # requires_grad_: networks of earlier training, such as load_student's, are frozen.
         groups = [{"params": list(v.requires_grad_().parameters())} for v in trained.values()]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.parts = {**trained, "ema": self.ema, "optimizer": self.optimizer}  # of a checkpoint
@@ -907,7 +917,7 @@ def train(module, config, state=None):
             for group, peak in zip(groups, peaks):
                 group["lr"] = peak * rise * (1 - state.step / config.steps)
             state.optimizer.step()
-            # The average is shorter at first, while the weights change fast.
+            # At first the average is over fewer steps, while the weights change fast.
             kept = min(config.ema_decay, (1 + state.step) / (10 + state.step))
             with torch.no_grad():
                 torch._foreach_lerp_(list(state.ema.parameters()), groups[0]["params"], 1 - kept)
@@ -966,7 +976,8 @@ def search_noise(student, reward, N, y=None, guidance=None, generator=None, keep
 
 
 def relative_error(found, truth, reference=None):
-    """sqrt(E||found - truth||^2 / E||s - mean s||^2), with s the reference or else the truth."""
+    """sqrt(E||found - truth||^2 / E||s - mean s||^2). s: a set whose spread is the unit, the
+    reference if there is one, otherwise the truth."""
     reference = truth if reference is None else reference
     spread = (reference - reference.mean(0)).square().mean()
     return ((found - truth).square().mean() / spread).sqrt().item()
@@ -1319,7 +1330,7 @@ def read_public(file, teacher_format="", num_heads=0):
     files of other models.
     """
     # Tensors lie in dicts of the script, with prefixes of DDP and others: "ema.module.". All that
-    # leads to FIRST is the prefix. If there are several networks, the averaged one is taken.
+    # leads to FIRST is the prefix. Of several networks the first averaged one is taken.
     flat = flatten(file)
     prefixes = [name.removesuffix(FIRST) for name in flat if name.endswith(FIRST)]
     prefix = max(prefixes, key=lambda name: "ema" in name or "shadow" in name, default="")
@@ -1333,8 +1344,8 @@ def read_public(file, teacher_format="", num_heads=0):
     for name in [name for name in tensors if name.startswith("decoder_blocks.")]:
         _, i, rest = name.split(".", 2)
         tensors[f"blocks.{encoder + int(i)}.{rest}"] = tensors.pop(name)
-    # Time: SiT is called at 1 - t. cos(w - wt) and sin(w - wt) are linear in cos wt and sin wt, so
-    # the first layer can take t instead, with combined weights.
+    # Time: SiT is called at 1 - t. As cos(w - wt) = cos w cos wt + sin w sin wt, and sin(w - wt) =
+    # sin w cos wt - cos w sin wt, the first layer can take t instead, with combined weights.
     if origin == "SiT":
         w = torch.exp(-math.log(10000) / 128 * torch.arange(128, dtype=torch.float64))
         of_cos, of_sin = tensors["t_embedder.mlp.0.weight"].double().split(128, 1)
@@ -1472,7 +1483,7 @@ def run_training(given, device):
     teacher = open_teacher(given, device) if given.get("teacher") else None
     config = make_config(**given)
     start = load_student(config.student, device).network if config.student else None
-    # Sums tell one teacher, student or data set from another.
+    # Sums are cheap fingerprints: they tell one teacher, student or data set from another.
     sources = {name: f"of sum {network.final_layer.linear.weight.cpu().double().sum()}"
                for name, network in (("teacher", teacher), ("student", start)) if network}
     data = None
@@ -1572,7 +1583,7 @@ def run_stage(kind, module, config, out, score=None):
             bar.close()
             raise UserError(f"interrupted: {path} holds step {step}, the same command continues")
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if interrupts:  # during the last step
+    if interrupts:  # during the last step: the stage is finished and saved
         raise KeyboardInterrupt
     return state.ema, state.log
 
@@ -1584,9 +1595,10 @@ def run_sampling(given, device):
     if RANK > 0:
         return
     dataset = given.get("dataset", "toy2d")
-    runs = [path for path in Path("runs").glob("*/student.pt")
-            if f'"dataset": "{dataset}"' in (path.parent / "config.json").read_text()]
-    newest = max(runs, key=os.path.getmtime, default=Path("runs", dataset, "student.pt"))
+    configs = [path for path in Path("runs").glob("*/config.json")
+               if f'"dataset": "{dataset}"' in path.read_text()]
+    students = filter(Path.exists, [path.with_name("student.pt") for path in configs])
+    newest = max(students, key=os.path.getmtime, default=Path("runs", dataset, "student.pt"))
     out = Path(given.get("out", newest.parent))
     network, file = load_network(out / "student.pt", "student", device)
     theirs = json.loads(json.dumps(file["config"]))  # with lists, as those of flags
