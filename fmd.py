@@ -65,9 +65,9 @@ from tqdm import tqdm
 # A teacher is any function u(x, t, y) that returns a velocity. The student learns its flow map with
 # two losses: prediction compares v_G with u, correction compares v_N with u.
 # Why from noise alone: a guided or imperfect teacher passes through states that noised data rarely
-# reach (the teacher-data mismatch). A method that trains on noised data, as MeanFlow does, sees few
-# of these states, but it builds long jumps from short ones that pass through exactly these states.
-# At t = 1 noised data and the teacher's states have the same distribution, N(0, I).
+# reach (the teacher-data mismatch). A method that trains on noised data, such as MeanFlow (arXiv
+# 2505.13447), sees few of these states, but it builds long jumps from short ones that pass through
+# exactly these states. At t = 1 noised data and the teacher's states are both N(0, I).
 
 
 def expand(v):
@@ -252,8 +252,8 @@ class Distiller(nn.Module):
 
     Why the correction has its own guidance interval: D_N need not be zero for a perfect student. We
     measured on digits that a guided u pulls to more guidance, an unguided u to less. The paper
-    guides u for r up to 0.7 only, about half of the rows. So one half pulls to more guidance and
-    the other to less. Its FID (DiT-B/2) is then 5.6, with [0, 1] 8.7.
+    guides u for r up to 0.7 only, about half of the rows: if this holds there, the two halves pull
+    against each other. Its FID (DiT-B/2) is then 5.6, with [0, 1] 8.7.
     """
 
     def __init__(self, network, critic, teacher, config):
@@ -306,7 +306,8 @@ class Distiller(nn.Module):
         has the size ||D_G||^(1 - 2k), which does not fade at k = 1/2 and grows at k = 1. So the
         correction has alpha (||D_G||^2 / d + eps)^k times the size of the decayed prediction.
         The price: where D_N is small, most of it may be the critic's error, which lambda enlarges.
-        At step 0 the critic is the teacher: D_N is 0 without guidance, lambda alpha E||D_G|| / eps.
+        At step 0 the critic is the teacher. Without guidance D_N is then 0, and only eps limits
+        lambda.
         """
         if D_G is None:
             return torch.tensor(self.config.alpha, device=D_N.device)
@@ -657,7 +658,7 @@ class Config:
     quick: bool = option(False, "a size that two cores train in minutes; imagenet has none")
     stage: str = option("all", "what to do", choices=["all", "teacher", "sample"])
     out: str = option("", "folder of the run; default: the next free one under runs/")
-    seed: int = option(0, "of everything random; with --stage sample, of the noises", 0)
+    seed: int = option(0, "of everything random; with --stage sample, of the noises", 0, 2**62)
     debug: bool = option(False, "show where an error comes from")
     # data and teacher
     toy: str = option("checkerboard", f"{', '.join(TOYS)}, or POINTS.npy with N x 2 numbers")
@@ -885,8 +886,6 @@ def train(module, config, state=None):
     ten consecutive ones raise UserError.
     """
     state = state or TrainState(module, config)
-    groups = state.optimizer.param_groups  # one for each network that is trained
-    peaks = config.learning_rate, config.critic_learning_rate
     skipped = 0  # consecutive steps
     if config.ema_target:
         module.ema_student = FlowMap(state.ema)
@@ -906,14 +905,17 @@ def train(module, config, state=None):
             part = {name: v[rows].to(device) for name, v in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16"):
                 loss, metrics = parallel(**part)
-            (loss / count).backward()  # DDP then takes the mean of gradients over processes
+            # DDP takes the mean of the sums so far over processes. What is equal already stays.
+            (loss / count).backward()
             values.append(torch.stack([loss, *metrics.values()]).detach())
         loss, *means = mean_over_processes(torch.stack(values).mean(0))
+        groups = state.optimizer.param_groups  # one for each network that is trained
         norms = [nn.utils.clip_grad_norm_(group["params"], CLIP) for group in groups]
         skipped += 1  # unless the step is finite
         if torch.stack([loss, *norms]).isfinite().all():
             skipped = 0
             rise = min(1, (state.step + 1) / WARMUP)
+            peaks = config.learning_rate, config.critic_learning_rate
             for group, peak in zip(groups, peaks):
                 group["lr"] = peak * rise * (1 - state.step / config.steps)
             state.optimizer.step()
@@ -1326,14 +1328,17 @@ def read_public(file, teacher_format="", num_heads=0):
     "has_null": whether there is a null label}.
 
     file: a state dict, or a training script's dict. teacher_format: "sit", "repa" or "" as for
-    load_teacher; num_heads: 0 if not known. Raises ValueError as find_format does, KeyError for
-    files of other models.
+    load_teacher; num_heads: 0 if not known. Raises ValueError as find_format does, and for files
+    of other models or of several.
     """
     # Tensors lie in dicts of the script, with prefixes of DDP and others: "ema.module.". All that
-    # leads to FIRST is the prefix. Of several networks the first averaged one is taken.
+    # leads to FIRST is the prefix. Of several networks the averaged one is taken.
     flat = flatten(file)
     prefixes = [name.removesuffix(FIRST) for name in flat if name.endswith(FIRST)]
-    prefix = max(prefixes, key=lambda name: "ema" in name or "shadow" in name, default="")
+    marks = [name.count("ema") + name.count("shadow") for name in prefixes]
+    if marks.count(max(marks, default=0)) != 1:
+        raise ValueError(f"{FIRST} is in {prefixes}: give a file with one DiT, or one average")
+    prefix = prefixes[marks.index(max(marks))]
     tensors = {name.removeprefix(prefix): v for name, v in flat.items() if name.startswith(prefix)}
     args = file.get("args", {})  # a Namespace or a dict
     settings = {**file, **getattr(args, "__dict__", args)}
@@ -1361,8 +1366,8 @@ def read_public(file, teacher_format="", num_heads=0):
     classes = settings.get("num_classes", 1000 if len(table) == 1000 else len(table) - 1)
     if len(table) == classes:
         tensors["y_embedder.embedding_table.weight"] = torch.cat([table, table.mean(0)[None]])
-    return {"format": f"{origin} {prefix}", "ema": tensors, "has_null": len(table) > classes,
-            "network": infer_settings(tensors, num_heads)}
+    return {"format": f"{origin} {prefix}".strip(" ."), "has_null": len(table) > classes,
+            "ema": tensors, "network": infer_settings(tensors, num_heads)}
 
 
 def infer_settings(tensors, num_heads=0):
@@ -1535,12 +1540,13 @@ def run_stages(teacher, start, data, config, out):
 
 
 def flops_of_step(module, config):
-    """The FLOPs of a training step, counted on about eight of its rows. It trains nothing."""
-    every = max(1, config.batch_size // 8)
+    """The FLOPs of a training step, counted on a small part of its rows. It trains nothing."""
+    every = math.gcd(config.batch_size, config.corrections)  # the part has as large shares of rows
     device = device_of(module.network)
     part = {name: v[::every].to(device) for name, v in module.draw(0).items()}
     with FlopCounterMode(display=False) as counter:
-        loss, _ = module(**part)
+        with torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16"):
+            loss, _ = module(**part)
         loss.backward()
     module.zero_grad()
     return every * counter.get_total_flops()
@@ -1551,13 +1557,11 @@ def run_stage(kind, module, config, out, score=None):
     a break. score(network) -> endpoint error. Returns the averaged network and the log. At Ctrl-C
     or SIGTERM the step ends and is saved; then UserError."""
     path = out / f"{kind}.pt"
-    flops = flops_of_step(module, config)  # before networks are compiled
     state = TrainState(module, config, path)
-    if state.step == 0:
-        state.write(path, config)  # a folder that cannot be written is found now
-    elif RANK == 0:
-        print(f"{path} has {state.step} of {config.steps} steps; to train again, for example with "
-              "a changed fmd.py, give another --out")
+    if RANK == 0 and state.step:
+        print(f"{path} has {state.step} of {config.steps} steps. It is used: if you have changed "
+              "fmd.py since, give another --out")
+    flops = flops_of_step(module, config)
     recent, interrupts, clock = [], [], time.perf_counter()
     signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
     bar = tqdm(train(module, config, state), kind, config.steps, initial=state.step,
@@ -1596,12 +1600,13 @@ def run_sampling(given, device):
         return
     dataset = given.get("dataset", "toy2d")
     configs = [path for path in Path("runs").glob("*/config.json")
-               if f'"dataset": "{dataset}"' in path.read_text()]
+               if f'"dataset": "{dataset}"' in path.read_text(errors="replace")]
     students = filter(Path.exists, [path.with_name("student.pt") for path in configs])
     newest = max(students, key=os.path.getmtime, default=Path("runs", dataset, "student.pt"))
     out = Path(given.get("out", newest.parent))
     network, file = load_network(out / "student.pt", "student", device)
-    theirs = json.loads(json.dumps(file["config"]))  # with lists, as those of flags
+    theirs = {k: v for k, v in file["config"].items() if hasattr(Config, k)}  # of any version
+    theirs = json.loads(json.dumps(theirs))  # with lists, as those of flags
     for name, v in given.items():
         if name not in {*MAY_CHANGE, "seed"} and v != theirs[name]:
             raise UserError(f"{flag(name)} {v}: {out} has {theirs[name]}, give another --out", 2)
@@ -1652,7 +1657,7 @@ def main(argv=None):
             line, status = (*e.args, 1)[:2]
         elif isinstance(e, KeyboardInterrupt):
             line = "interrupted: the same command continues"
-        elif isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e):
+        elif "out of memory" in str(e) or "allocate memory" in str(e):
             line = "out of memory: raise --micro-batches, or give --activation-checkpointing"
         if RANK == 0 or status == 1:
             print("fmd:", *line.split(), file=sys.stderr)

@@ -912,7 +912,8 @@ def test_the_default_command_end_to_end(finished, capsys):
     before = tensors(finished / "student.pt")
     (finished / "metrics.json").unlink()
     run("--out", finished, *TINY)
-    metrics = json.loads((finished / "metrics.json").read_text())
+    log, metrics = metrics["log"], json.loads((finished / "metrics.json").read_text())
+    assert metrics["log"] == log
     assert metrics["endpoint_error"] == pytest.approx(error, rel=1e-3)
     assert all(map(torch.equal, before, tensors(finished / "student.pt")))
     assert "endpoint error" in capsys.readouterr().out
@@ -934,8 +935,12 @@ def test_the_folder_is_the_run(finished, tmp_path, monkeypatch, capsys):
     lock.release()
     run("--out", "runs/named", *TINY, "--seed", "4")
     run(*TINY)  # measured again, but not newer
+    for name, text in ("digits", '{"dataset": "mnist"}'), ("other", '{"dataset": "toy2d"}'):
+        Path("runs", name).mkdir()
+        Path("runs", name, "config.json").write_text(text)
+    Path("runs/digits/student.pt").touch()
     run("--stage", "sample", "--samples", 3)
-    assert Path("runs/named/samples.npz").exists()  # the newest
+    assert Path("runs/named/samples.npz").exists()  # the newest student of toys
     # data of the same name with other contents, and another teacher
     np.save("p.npy", np.random.default_rng(0).normal(size=(50, 2)))
     run("--toy", "p.npy", "--out", "own", *TINY)
@@ -1153,7 +1158,7 @@ def test_other_errors_are_one_line_and_debug_shows_where(tmp_path, monkeypatch, 
     with pytest.raises(ZeroDivisionError):
         run("--debug", "--out", tmp_path / "out", *TINY)
     for error, is_memory in (
-        (torch.OutOfMemoryError("CUDA"), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), True),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), True),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
     ):
@@ -1377,6 +1382,9 @@ def test_a_public_teacher_is_distilled_without_data_and_sampled(
     student = fmd.load_student(out / "student.pt")
     x = fmd.jump(student, z, torch.arange(10), torch.tensor([1.4]))
     assert_close(torch.from_numpy(found["arr_0"]), x.permute(0, 2, 3, 1))
+    other = torch.load(out / "student.pt", weights_only=True)
+    torch.save({**other, "config": {**other["config"], "gone": 1}}, out / "student.pt")
+    run(*flags)  # of another version, with a setting that is no longer there
 
 
 WRAPPERS = [lambda w: {"state_dict": {"_orig_mod." + k: v for k, v in w.items()}},
@@ -1385,9 +1393,18 @@ WRAPPERS = [lambda w: {"state_dict": {"_orig_mod." + k: v for k, v in w.items()}
             lambda w: {"model": {k: 0 * v for k, v in w.items()}, "ema_0.9999": OrderedDict(w)},
             lambda w: {"state_dict": w, "ema": {"shadow": w, "decay": 0.99}},
             lambda w: {"model": {k: 0 * v for k, v in w.items()}, "shadow": w},
+            lambda w: {"ema": {"backup": {k: 0 * v for k, v in w.items()}, "shadow": w}},
+            lambda w: {"ema": {"model": {k: 0 * v for k, v in w.items()}, "ema_model": w}},
             lambda w: {"state_dict": {f"{name}.{k}": i * v for k, v in w.items()
                                       for i, name in enumerate(["model", "ema_model"])}},
             lambda w: {"schema": {}, 1: {}, "ema_config": {"decay": 0.9}, "model": w}]
+
+
+def test_a_file_without_one_network_to_take_is_refused():
+    file = public_file(outputs=8)
+    for wrong in {"model": file, "teacher": file}, {"ema_0.9": file, "ema_0.99": file}, {"x": 1}:
+        with pytest.raises(ValueError, match="x_embedder.proj.weight is in"):
+            fmd.read_public(wrong)
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS)
