@@ -244,7 +244,7 @@ def decay(D, k):
 
 class Distiller(nn.Module):
     """The paper's loss. forward computes the loss of one training step, draw draws its batch.
-    (train, section 6, changes the weights.)
+    (train and TrainState.update, section 6, change the weights.)
 
     network: a velocity network, read as the student's F. critic: another, which learns v_N. It too
     starts as a copy of the teacher: a copy is a velocity network already, and as the student learns
@@ -862,6 +862,27 @@ class TrainState:
                     part.load_state_dict(saved[name])
                 self.step, self.log = saved["step"], saved["log"]
 
+    def update(self, loss, config):
+        """One step of weights and average, by the gradients that are there. The learning rate is
+        the peak times a linear rise times a linear fall to 0. Returns whether loss and gradients
+        are finite; if not, the step is skipped."""
+        groups = self.optimizer.param_groups  # one for each network that is trained
+        norms = [nn.utils.clip_grad_norm_(group["params"], CLIP) for group in groups]
+        is_finite = torch.stack([loss, *norms]).isfinite().all().item()
+        if is_finite:
+            rise = min(1, (self.step + 1) / WARMUP)
+            peaks = config.learning_rate, config.critic_learning_rate
+            for group, peak in zip(groups, peaks):
+                group["lr"] = peak * rise * (1 - self.step / config.steps)
+            self.optimizer.step()
+            # At first the average is over fewer steps, while the weights change fast.
+            kept = min(config.ema_decay, (1 + self.step) / (10 + self.step))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.ema.parameters()), groups[0]["params"], 1 - kept)
+        self.optimizer.zero_grad()
+        self.step += 1
+        return is_finite
+
     def write(self, path, config):
         """Process 0 writes a checkpoint, and the log beside it. No state of a random generator is
         needed, since draw(step) depends on seed and step only."""
@@ -881,8 +902,7 @@ def train(module, config, state=None):
     module.draw(step) -> {name: tensor, one row for each sample}. module(**batch) -> scalar loss,
     {name: scalar tensor}. state: that of an earlier train of this module, to go on.
     Loss, gradients and metrics are means over processes and micro-batches, which need equally many
-    rows. Only lambda is computed for each micro-batch alone. The learning rate is the peak times a
-    linear rise times a linear fall to 0. A step whose loss or gradients are not finite is skipped;
+    rows. Only lambda is computed for each micro-batch alone. A step that is not finite is skipped;
     ten consecutive ones raise UserError.
     """
     state = state or TrainState(module, config)
@@ -909,22 +929,7 @@ def train(module, config, state=None):
             (loss / count).backward()
             values.append(torch.stack([loss, *metrics.values()]).detach())
         loss, *means = mean_over_processes(torch.stack(values).mean(0))
-        groups = state.optimizer.param_groups  # one for each network that is trained
-        norms = [nn.utils.clip_grad_norm_(group["params"], CLIP) for group in groups]
-        skipped += 1  # unless the step is finite
-        if torch.stack([loss, *norms]).isfinite().all():
-            skipped = 0
-            rise = min(1, (state.step + 1) / WARMUP)
-            peaks = config.learning_rate, config.critic_learning_rate
-            for group, peak in zip(groups, peaks):
-                group["lr"] = peak * rise * (1 - state.step / config.steps)
-            state.optimizer.step()
-            # At first the average is over fewer steps, while the weights change fast.
-            kept = min(config.ema_decay, (1 + state.step) / (10 + state.step))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(state.ema.parameters()), groups[0]["params"], 1 - kept)
-        state.optimizer.zero_grad()
-        state.step += 1
+        skipped = 0 if state.update(loss, config) else skipped + 1
         if skipped == 10:
             raise UserError(f"step {state.step}: ten consecutive steps are not finite: lower the "
                             "learning rate and run again, to continue from the last checkpoint")
@@ -980,7 +985,8 @@ def search_noise(student, reward, N, y=None, guidance=None, generator=None, keep
 def relative_error(found, truth, reference=None):
     """sqrt(E||found - truth||^2 / E||s - mean s||^2). s: a set whose spread is the unit, the
     reference if there is one, otherwise the truth."""
-    reference = truth if reference is None else reference
+    if reference is None:
+        reference = truth
     spread = (reference - reference.mean(0)).square().mean()
     return ((found - truth).square().mean() / spread).sqrt().item()
 
@@ -1306,6 +1312,19 @@ def flatten(nested, prefix=""):
     return flat
 
 
+def find_tensors(file):
+    """Returns (prefix, tensors) of the network in a file. Tensors lie in dicts of a script, and DDP
+    and others add to their names, as in "ema.module.": the prefix is all that leads to FIRST. Of
+    several networks the averaged one is taken. Raises ValueError if there is not exactly one."""
+    flat = flatten(file)
+    prefixes = [name.removesuffix(FIRST) for name in flat if name.endswith(FIRST)]
+    marks = [name.count("ema") + name.count("shadow") for name in prefixes]
+    if marks.count(max(marks, default=0)) != 1:
+        raise ValueError(f"{FIRST} is in {prefixes}: give a file with one DiT, or one average")
+    prefix = prefixes[marks.index(max(marks))]
+    return prefix, {k.removeprefix(prefix): v for k, v in flat.items() if k.startswith(prefix)}
+
+
 def find_format(tensors, settings, told=""):
     """"SiT" or "REPA". The user, settings of the training and tensors may each tell. Raises
     ValueError if they disagree or none tells, and for another kind of training."""
@@ -1331,15 +1350,7 @@ def read_public(file, teacher_format="", num_heads=0):
     load_teacher; num_heads: 0 if not known. Raises ValueError as find_format does, and for files
     of other models or of several.
     """
-    # Tensors lie in dicts of the script, with prefixes of DDP and others: "ema.module.". All that
-    # leads to FIRST is the prefix. Of several networks the averaged one is taken.
-    flat = flatten(file)
-    prefixes = [name.removesuffix(FIRST) for name in flat if name.endswith(FIRST)]
-    marks = [name.count("ema") + name.count("shadow") for name in prefixes]
-    if marks.count(max(marks, default=0)) != 1:
-        raise ValueError(f"{FIRST} is in {prefixes}: give a file with one DiT, or one average")
-    prefix = prefixes[marks.index(max(marks))]
-    tensors = {name.removeprefix(prefix): v for name, v in flat.items() if name.startswith(prefix)}
+    prefix, tensors = find_tensors(file)
     args = file.get("args", {})  # a Namespace or a dict
     settings = {**file, **getattr(args, "__dict__", args)}
     origin = find_format(tensors, settings, teacher_format)
@@ -1397,7 +1408,8 @@ def make_parser():
                tuple: {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}}
     for f in dataclasses.fields(Config):
         kind = special.get(f.type, {"type": f.type, "choices": f.metadata["choices"]})
-        text, default = f.metadata["help"], getattr(make_config(), f.name)
+        text = f.metadata["help"]
+        default = getattr(make_config(), f.name)
         if default != "":
             text += f" (toys: {default})"
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
@@ -1541,7 +1553,7 @@ def run_stages(teacher, start, data, config, out):
 
 def flops_of_step(module, config):
     """The FLOPs of a training step, counted on a small part of its rows. It trains nothing."""
-    every = math.gcd(config.batch_size, config.corrections)  # the part has as large shares of rows
+    every = math.gcd(config.batch_size, config.corrections)  # in the part the shares are the same
     device = device_of(module.network)
     part = {name: v[::every].to(device) for name, v in module.draw(0).items()}
     with FlopCounterMode(display=False) as counter:
