@@ -24,15 +24,16 @@ Notation, everywhere in this file
 Shapes: x, z, n are images (B, C, H, W) of d = C H W values; a point of the plane is 2 x 1 x 1.
     t, delta, r, guidance are (B,), or (1,) if one value serves all. y is int64, (B,) or (1,).
     The label num_classes is the null label, "any class". y=None is the same.
-The paper's equations: [7] v_G = u(f, 1 - delta). [8] the loss 1/2 ||F - sg(F - D_G)||^2.
-    [9] the gradient of [8]. [10] KL divergences of noised samples, over all r. [11] their gradient,
-    with D_N, up to a weight for each r.
+The paper's equations, with theta the student's weights
+    [7] v_G = u(f, 1 - delta)                     [8] the loss 1/2 E||F - sg(F - D_G)||^2
+    [9] its gradient, E[(dF/dtheta)^T D_G]        [10] KL(student's x_r || teacher's x_r), all r
+    [11] its gradient, E[(dF/dtheta)^T D_N], up to a weight for each r
 
 Commands to paste; the same command continues a run that was interrupted
     python fmd.py --dataset toy2d                            # a 2-D toy: teacher, student, pictures
     python fmd.py --dataset toy2d --recipe paper             # the paper's own loss
     python fmd.py --dataset mnist --quick                    # digits with guidance, on two cores
-    python fmd.py --dataset imagenet --teacher SiT-XL-2-256x256.pt --out runs/sit
+    python fmd.py --dataset imagenet --teacher SiT-XL-2-256x256.pt --teacher-format sit
 """
 
 import argparse
@@ -65,9 +66,8 @@ from tqdm import tqdm
 # A teacher is any function u(x, t, y) that returns a velocity. The student learns its flow map with
 # two losses: prediction compares v_G with u, correction compares v_N with u.
 # Why from noise alone: a guided or imperfect teacher passes through states that noised data rarely
-# reach (the teacher-data mismatch). A method that trains on noised data, such as MeanFlow (arXiv
-# 2505.13447), sees few of these states, but it builds long jumps from short ones that pass through
-# exactly these states. At t = 1 noised data and the teacher's states are both N(0, I).
+# reach (the teacher-data mismatch), so a student that trains on noised data, as in MeanFlow (arXiv
+# 2505.13447), hardly learns them. Only at t = 1 are both the same: N(0, I).
 
 
 def expand(v):
@@ -105,8 +105,8 @@ METHODS = {"euler": 1, "heun": 2, "rk4": 4}  # evaluations of u in a step
 
 @torch.no_grad()
 def solve_ode(u, z, steps, method="heun", y=None, return_path=False, t=1.0, length=1.0):
-    """Solve dx/ddelta = u(x, 1 - delta) from x = z, in `steps` equal steps. The default is from
-    noise, t = 1, to the sample phi(z, 1); in general it is from t to t - length, numbers or (B,).
+    """Solve dx/ddelta = u(x, 1 - delta) from x = z, in `steps` equal steps, from time t to
+    t - length (numbers or (B,)). The default is from noise, t = 1, to the sample phi(z, 1).
     Returns the last state (B, C, H, W), or with return_path all steps + 1 states, stacked.
     Raises ValueError for no steps, or a method that is not in METHODS."""
     if steps < 1 or method not in METHODS:
@@ -153,26 +153,29 @@ def mean_square(D):
     return D.flatten(1).square().mean(1)
 
 
-@torch.no_grad()  # sg: D_G is constant, see "Why" below. A forward-mode jvp needs no autograd.
+@torch.no_grad()  # sg: D_G is constant, see "Why" below. jvp does not need autograd's graph.
 def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp", spacing=0.005,
                         F=None):
     """Predict: D_G = v_G - u(f, 1 - delta) of [9], (B, C, H, W), with v_G = F + delta dF/ddelta.
+    If D_G = 0 for all z and delta [7], f solves the teacher's ODE from z, so f = phi.
 
-    If D_G = 0 for all z and delta [7], f solves the teacher's ODE from f(z, 0) = z. This has one
-    solution, so f = phi.
+    F: F(z, delta), if the caller has computed it. form: how dF/ddelta is computed, "jvp" (forward
+    mode, exact) or "difference" (of F at delta + spacing and delta - spacing, one-sided at the
+    ends). Raises ValueError for another form.
 
-    F: F(z, delta), if the caller has computed it. form: how dF/ddelta is computed. Raises
-    ValueError for another form. (The form solver is Distiller.solver_gradient.)
-      jvp         forward-mode derivative, exact for these weights
-      difference  of F at delta + spacing and delta - spacing, one-sided at the ends
+    Why a small D_G can leave a large error: u is evaluated at f, not at phi, so errors compound.
+    The error e = f - phi has de/ddelta = D_G + (u(f) - u(phi)). The field enlarges it at the rate
+    L = <e, u(f) - u(phi)> / ||e||^2, and Gronwall's inequality gives
+        ||e|| at delta = 1 <= integral over delta of ||D_G|| exp(integral of L from delta to 1).
+    Where paths part, between modes, L > 0: a small early D_G can become a large error. Inside of a
+    narrow mode paths come together, and L is mostly below 0.
     """
     if F is None:
         F = student.F(z, delta, y, guidance)
-    # Why a partial derivative: z is fixed, and only the end of the jump moves with delta. In
-    # MeanFlow the end is fixed, and the start (x_t, t) moves. So its derivative is total: it has
-    # one more term, (dF/dx_t) dx_t/dt.
+    # Why a partial derivative: the jump starts at the fixed noise z, and only its end moves with
+    # delta. (In MeanFlow the start moves, so its derivative also has a term (dF/dx_t) dx_t/dt.)
     if form == "jvp":
-        delta = delta.contiguous()  # jvp refuses an expanded tensor
+        delta = delta.contiguous()  # a caller's may be expanded, which jvp refuses
         # Plain attention, since fused attention has no forward-mode derivative.
         with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
             _, dF = torch.func.jvp(
@@ -184,23 +187,13 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
         dF = dF / expand(high - low)
     else:
         raise ValueError(f"prediction_gradient: {form} is not jvp or difference")
-    # Why u is evaluated at f: a solution of the ODE has df/ddelta = u(f, 1 - delta), and then f is
-    # phi. Until then f is computed without data and without a solver.
+    # Why u is evaluated at f: the ODE says df/ddelta = u(f, 1 - delta), and the student's own f
+    # costs neither data nor a solver.
     # Why D_G is held constant (sg): [8] then moves F to a target, F - D_G = u(f) - delta dF/ddelta.
-    # A gradient through u(f) could lower the loss without improving v_G, by moving f to where u is
-    # near it. A gradient through dF/ddelta would need a second derivative.
+    # A gradient through u(f) could instead move f to where u happens to be near v_G. One through
+    # dF/ddelta would need a second derivative.
     f = z + expand(delta) * F
     return F + expand(delta) * dF - u(f, 1 - delta, y)  # [7] as a residual: D_G of [9]
-
-
-# Why a small D_G can leave a large error: u is evaluated at f, not at phi, so errors may compound.
-# The error e = f - phi starts at 0 and obeys
-#     de/ddelta = D_G + (u(f) - u(phi)).
-# With L = <e, u(f) - u(phi)> / ||e||^2 this gives d||e||/ddelta <= ||D_G|| + L ||e||. So (Gronwall)
-#     ||e|| at delta = 1 <= integral over delta of ||D_G|| exp(integral of L from delta to 1).
-# L is the rate at which the field enlarges the error. Between modes paths part, L > 0: a small D_G
-# at an early delta can become a large error. Inside of a narrow mode paths come together, and L is
-# mostly below 0.
 
 
 @torch.no_grad()  # sg: D_N is constant too
@@ -208,19 +201,18 @@ def correction_gradient(v_N, u, x_r, r, y=None):
     """Correct: D_N = v_N - u(x_r, r) of [11], a constant (B, C, H, W). D_G judges one place of a
     path. D_N compares the student's samples, as a set, with the teacher's.
 
-    Why the loss F(z, 1) . D_N descends a KL divergence, for each r. Let s be the score (the
-    gradient of log p) of the student's x_r, and s_u that of the teacher's.
-    1. The gradient of KL(student's x_r || teacher's x_r) is E[(dx_r/dtheta)^T (s - s_u)].
-       (The student's log p changes with theta too, but E[dlog p/dtheta] = 0.)
-    2. Tweedie: s = -E[n | x_r] / r. As n = x_r - (1 - r) (x - n), s = ((1 - r) v_N - x_r) / r.
-       s_u is the same with u. So s - s_u = (1 - r) / r D_N.
-    3. x = z + F(z, 1), so dx_r/dtheta = (1 - r) dF/dtheta.
-    Together: E[(1 - r)^2 / r (dF/dtheta)^T D_N]. Like [11], the loss leaves out the positive weight
-    (1 - r)^2 / r. This only changes how much each noise level r counts.
+    Why the loss F(z, 1) . D_N descends KL(student's x_r || teacher's x_r) for each r, with s and
+    s_u the scores (gradients of log p) of the two:
+    1. The gradient of the KL is E[(dx_r/dtheta)^T (s - s_u)]. (The student's log p changes with
+       theta too, but E[dlog p/dtheta] = 0.) From x = z + F(z, 1), dx_r/dtheta = (1 - r) dF/dtheta.
+    2. Given x, x_r is Gaussian around (1 - r) x with deviation r. So s = -E[n | x_r] / r (Tweedie).
+       As n = x_r - (1 - r) (x - n), s = ((1 - r) v_N - x_r) / r. s_u is the same with u. So
+       s - s_u = (1 - r) / r D_N.
+    Together: E[(1 - r)^2 / r (dF/dtheta)^T D_N]. Like [11], the loss leaves out the factor
+    (1 - r)^2 / r. It is positive: without it only the weights of the noise levels r change.
 
-    Why D_N need not be zero for a perfect student: step 2 assumes that u is E[x - n | x_r] for the
-    samples x that u's own ODE ends in. A learned u is only near it, and a guided one, gamma u(.|y)
-    + (1 - gamma) u(.|null), is no conditional mean. So the KL is approximate; v_N is learned too.
+    Why D_N need not be zero for a perfect student: step 2 needs a u that is E[x - n | x_r] of the
+    samples that its own ODE ends in. A learned u is only near it; a guided one is no such mean.
     """
     return v_N - u(x_r, r, y)  # D_N of [11]
 
@@ -232,12 +224,10 @@ def decay(D, k):
     """D / (||D||^2 / d + eps)^k of each sample. (MeanFlow does not divide by d: its eps differs.)
 
     What k does: a sample pulls with ||D||^(1 - 2k). At k = 0 large residuals dominate, at 1/2 all
-    samples pull equally, at 1 large residuals pull less. (Residuals with ||D||^2 / d far below eps
-    are only scaled, as at k = 0.)
+    samples pull equally, at 1 large residuals pull less. (||D||^2 / d far below eps only scales.)
     Why decay: the paper's FID (DiT-B/2) is about 12 for each k without correction, with correction
-    43.5 for k = 0, 10.6 for 1/2 and 5.6 for 1. We see two possible reasons. Where residuals are
-    large the two losses may disagree most. And if the paper's lambda is like ours, a larger k
-    weakens the correction beside the prediction, once ||D_G||^2 / d is below 1: see balance.
+    43.5 for k = 0, 10.6 for 1/2 and 5.6 for 1. Our guess: the two losses disagree most where
+    residuals are large, and a larger k weakens the correction beside the prediction (see balance).
     """
     return D / expand((mean_square(D) + EPS) ** k)
 
@@ -247,13 +237,13 @@ class Distiller(nn.Module):
     (train and TrainState.update, section 6, change the weights.)
 
     network: a velocity network, read as the student's F. critic: another, which learns v_N. It too
-    starts as a copy of the teacher: a copy is a velocity network already, and as the student learns
-    v_N comes nearer to u. teacher: u(x, t, y), never changed. config: a Config.
+    starts as a copy of the teacher, since v_N comes nearer to u as the student learns. teacher:
+    u(x, t, y), never changed. config: a Config.
 
-    Why the correction has its own guidance interval: D_N need not be zero for a perfect student. We
-    measured on digits that a guided u pulls to more guidance, an unguided u to less. The paper
-    guides u for r up to 0.7 only, about half of the rows: if this holds there, the two halves pull
-    against each other. Its FID (DiT-B/2) is then 5.6, with [0, 1] 8.7.
+    Why the correction has its own guidance interval: the paper guides its u for r up to 0.7 only,
+    about half of all r, and has FID 5.6 (DiT-B/2), with [0, 1] 8.7. Our guess: as D_N is not zero
+    for a perfect student, a guided u pulls to more guidance and an unguided one to less (measured
+    on digits), and the two halves cancel in part.
     """
 
     def __init__(self, network, critic, teacher, config):
@@ -282,6 +272,9 @@ class Distiller(nn.Module):
             u = guided(self.teacher, guidance_N, config.correction_interval)
             F = student.F(z_N, torch.ones_like(r), y_N, guidance_N)
             x = (z_N + F).detach()  # f(z, 1), one-step samples
+            # Why r lies near the noise (see draw; the median is sigmoid(0.8) = 0.69): with little
+            # noise the x_r of student and teacher hardly overlap where the student is wrong, and
+            # D_N cannot see modes that the student lacks. With much noise D_N can move whole modes.
             x_r = interpolate(x, n, r)
             # Why a critic: v_N has no closed form and changes at every step. Flow matching on fresh
             # samples learns it, for the same labels and strengths. x is detached, so critic_loss
@@ -299,15 +292,13 @@ class Distiller(nn.Module):
 
     def balance(self, D_G, D_N):
         """lambda = alpha E||D_G|| / (E||D_N|| + eps), the weight of the correction; alpha if there
-        is no D_G. (Here both norms are divided by the square root of d, so that eps fits all d.)
+        is no D_G. (Both norms are divided by sqrt(d), so that eps fits all d.)
 
         Why lambda: both norms change in training. lambda gives D_N alpha times the size of D_G, so
         the correction fades as D_G does. It takes D_G before its decay (our choice): decayed, D_G
-        has the size ||D_G||^(1 - 2k), which does not fade at k = 1/2 and grows at k = 1. So the
-        correction has alpha (||D_G||^2 / d + eps)^k times the size of the decayed prediction.
-        The price: where D_N is small, most of it may be the critic's error, which lambda enlarges.
-        At step 0 the critic is the teacher. Without guidance D_N is then 0, and only eps limits
-        lambda.
+        has the size ||D_G||^(1 - 2k), which does not fade at k = 1/2 and grows at k = 1. So beside
+        the decayed prediction the correction has alpha (||D_G||^2 / d + eps)^k times its size.
+        The price: a small D_N is mostly the critic's error, and lambda enlarges it.
         """
         if D_G is None:
             return torch.tensor(self.config.alpha, device=D_N.device)
@@ -319,48 +310,39 @@ class Distiller(nn.Module):
         """The batch of a step, from the prior alone: {name: tensor, one row for each sample}. With
         guidance each row has a strength, an input of the student: one student serves them all."""
         config, classes, shape = self.config, self.network.num_classes, self.network.shape
-        g = generator(config.seed, STUDENT, step)  # see section 6: the same numbers for one step
+        g = generator(config.seed, STUDENT, step)  # its numbers depend on these three only
         correct = config.corrections  # rows that correct
         predict = config.batch_size - correct
         batch = {}
         for side, count in ("G", predict), ("N", correct):
-            y = torch.randint(max(1, classes), (count,), generator=g)  # without classes 0 is null
+            y = torch.randint(max(1, classes), (count,), generator=g)  # no classes: 0 is null
             is_null = torch.rand(count, generator=g) < config.label_dropout
             batch[f"z_{side}"] = torch.randn(count, *shape, generator=g)
             batch[f"y_{side}"] = torch.where(is_null, classes, y)
             if config.is_guided:
                 strength = torch.rand(count, generator=g)
                 batch[f"guidance_{side}"] = 1 + (config.guidance_max - 1) * strength
-        # Uniform in (0, 1], stratified for less variance: one row in each of `predict` equal parts.
-        # Recipe fast (form solver) has delta = min(1, 2 uniform): half of the rows learn the sample
-        # f(z, 1) itself. The paper's forms match velocities, so they need all delta.
+        # Uniform in (0, 1], since [7] must hold for all delta. Stratified for less variance: one
+        # row in each of `predict` equal parts. (Recipe fast does not use [7]: with delta = min(1,
+        # 2 uniform) half of its rows learn the sample f(z, 1).)
         uniform = 1 - (torch.arange(predict) + torch.rand(predict, generator=g)) / predict
         batch["delta"] = (config.delta_scale * uniform).clamp(1e-3, 1)  # solver divides by delta
         if config.prediction == "solver":
             h = config.solver_interval * (1 + torch.rand(predict, generator=g)) / 2  # 0.3 to 0.6
             batch["h"] = torch.minimum(h, batch["delta"])  # h = delta: the row starts at z
-        # Why r lies near the noise (median sigmoid(0.8) = 0.69): with little noise the x_r of
-        # student and teacher hardly overlap where the student is wrong, and D_N cannot see modes
-        # that the student lacks. With much noise they overlap, and D_N can move whole modes and
-        # correct their shares.
         batch["r"] = torch.sigmoid(config.r_location + torch.randn(correct, generator=g))
         batch["n"] = torch.randn(correct, *shape, generator=g)
         return batch
 
     @torch.no_grad()
     def solver_gradient(self, u, F, z, delta, h, y, guidance):
-        """The form `solver`, ours. It needs no dF/ddelta: training fits F, its slope is less exact.
-            start = f_0(z, delta - h)    a jump; f_0 is f, or with ema_target f with averaged
-                                         weights, whose errors are smaller
-            end                          the teacher's ODE, solved from start to delta
-        The result, (f(z, delta) - end) / delta, takes the place of D_G: it moves f(z, delta) to
-        `end`. If h = delta, start is z, and `end` is phi(z, delta).
-
-        Why h is long: the teacher leads over h only, the rest is the student's own jump with its
-        errors. A small h shows it. To first order in h and in f - f_0 the result is then
-            (h / delta) D_G + (f - f_0)(z, delta - h) / delta.
-        The first term, which has the teacher's u, shrinks with h. The second does not: with
-        ema_target it only pulls the student to its own average.
+        """The form solver, ours. It evaluates u more often, but needs no dF/ddelta, which is less
+        exact than F: training fits F only.
+            start = f(z, delta - h)    a jump; with ema_target by the averaged weights
+            end                        the teacher's ODE, solved from start to delta
+        (f(z, delta) - end) / delta takes the place of D_G: it moves f(z, delta) to `end`. For small
+        h and without ema_target it is (h / delta) D_G. Why h is long: only the solver follows the
+        teacher, and `end` keeps the errors of `start`.
         """
         start = (self.ema_student or FlowMap(self.network)).f(z, delta - h, y, guidance)
         end = solve_ode(u, start, self.config.solver_steps, "rk4", y, t=1 - delta + h, length=h)
@@ -519,8 +501,8 @@ class DiT(nn.Module):
         self.register_buffer("pos_embed", torch.cat([columns, rows], 1)[None].float())  # (1, T, E)
         self.t_embedder = Embedder(E)
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, E)})
-        # An entry None keeps its place. If from_teacher fills it, parameters have the same order as
-        # in a network that is built with guidance; states of optimizers rely on this order.
+        # None keeps the place: if from_teacher fills it later, parameters have the same order as
+        # in a network that is built with guidance. Saved states of optimizers rely on the order.
         self.register_module("guidance_embedder", Embedder(E) if guidance else None)
         self.blocks = nn.ModuleList(Block(E, num_heads, qk_norm) for _ in range(depth))
         self.final_layer = nn.ModuleDict({
@@ -664,7 +646,7 @@ class Config:
     toy: str = option("checkerboard", f"{', '.join(TOYS)}, or POINTS.npy with N x 2 numbers")
     data: str = option("data", "folder of MNIST and CIFAR-10, or ImageNet latents FILE.npy")
     teacher: str = option("", "distill this file of fmd, SiT or REPA; train no teacher")
-    teacher_format: str = option("", "if the file does not tell", choices=["", "sit", "repa"])
+    teacher_format: str = option("", "of a file of SiT or REPA", choices=["", "sit", "repa"])
     trust_teacher: bool = option(False, "distill a teacher whose samples do not look like data")
     exact_teacher: bool = option(False, "distill a toy's exact velocity, from a trained start")
     student: str = option("", "start from this student.pt, instead of a copy of the teacher")
@@ -746,14 +728,18 @@ class Config:
 
 
 # A later one wins: the defaults of Config, PRESETS (the data set), RECIPES (the algorithm), QUICK
-# (the size), flags. So --dataset mnist has alpha 1, with --quick 0.3.
+# (the size), flags. Without flags this gives
+#     command            recipe  prediction  decay k  alpha  correction_share
+#     toy2d              fast    solver      0.5      0.3    0.125
+#     mnist --quick      paper   jvp         1        0.3    0.25
+#     mnist, imagenet    paper   jvp         1        1      0.25
 PICTURES = {"patch_size": 2, "hidden_size": 384, "depth": 12, "num_heads": 6, "ema_decay": 0.999,
             "guidance_max": 4.0, "guidance": 2.0, "correction_interval": (0.0, 0.7),
             "precision": "bfloat16", "eval_samples": 5000}
 PRESETS = {
-    # Toys are measured without labels (see conditions), so most of their training has none: with
-    # its label each cell of the board would be an easy problem of its own. t_location: sharp edges
-    # are learned at small t.
+    # label_dropout: toys are trained mostly, and measured, without labels. (With its label each
+    # cell of the board would be an easy problem of its own.) t_location: sharp edges are learned at
+    # small t.
     "toy2d": {"label_dropout": 0.9, "t_location": -0.8, "teacher_steps": 1000, "steps": 1400,
               "teacher_learning_rate": 8e-3, "learning_rate": 0.01, "critic_learning_rate": 0.016},
     "mnist": PICTURES,
@@ -763,9 +749,9 @@ PRESETS = {
                  "teacher_learning_rate": 1e-4, "guidance_max": 3.0, "guidance": 1.4,
                  "ema_decay": 0.9999, "eval_samples": 2000},
 }
-# paper: nothing to add. The defaults of Config and the correction_interval of PICTURES are the
-# paper's values, where we know them. (The paper has alpha from 0.3 to 3, and also the form
-# difference.) fast: ours, measured on small models.
+# paper: nothing to add. The defaults of Config have the paper's prediction (difference is also the
+# paper's), decay, correction_share and r_location, PICTURES its correction_interval. The paper has
+# alpha from 0.3 to 3. Other values are ours. fast: ours, measured on small models.
 RECIPES = {"paper": {},
            "fast": {"prediction": "solver", "decay": 0.5, "alpha": 0.3, "delta_scale": 2.0,
                     "ema_target": True, "correction_share": 0.125}}
@@ -798,10 +784,10 @@ WARMUP = 100  # steps in which the learning rate rises
 CLIP = 1.0  # largest norm of the gradient of a network
 LOG_INTERVAL = 50  # steps between lines of the log
 CHECKPOINT_INTERVAL = 500  # steps that are lost at most if a run is killed
-# Shown beside the progress bar, and as curves: {metric: title}. A title's first word is its colour.
+# Shown beside the progress bar, and as curves: {metric: title}. Its first word gives the colour.
 SHOWN = {"flow_matching": "teacher: flow matching loss",
          "prediction": "student: prediction residual² / d",
-         "correction": "critic: ||D_N||² / d",
+         "correction": "critic: ||v_N - u||² / d",
          "endpoint_error": "student: endpoint error"}
 
 
@@ -902,8 +888,8 @@ def train(module, config, state=None):
     module.draw(step) -> {name: tensor, one row for each sample}. module(**batch) -> scalar loss,
     {name: scalar tensor}. state: that of an earlier train of this module, to go on.
     Loss, gradients and metrics are means over processes and micro-batches, which need equally many
-    rows. Only lambda is computed for each micro-batch alone. A step that is not finite is skipped;
-    ten consecutive ones raise UserError.
+    rows. Only lambda is that of one micro-batch of all processes. A step that is not finite is
+    skipped; ten consecutive ones raise UserError.
     """
     state = state or TrainState(module, config)
     skipped = 0  # consecutive steps
@@ -925,7 +911,7 @@ def train(module, config, state=None):
             part = {name: v[rows].to(device) for name, v in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16"):
                 loss, metrics = parallel(**part)
-            # DDP takes the mean of the sums so far over processes. What is equal already stays.
+            # Each backward averages the sums so far. Earlier parts are equal by then, and stay.
             (loss / count).backward()
             values.append(torch.stack([loss, *metrics.values()]).detach())
         loss, *means = mean_over_processes(torch.stack(values).mean(0))
@@ -1287,8 +1273,8 @@ def load_network(path, kind, device="cpu", teacher_format="", num_heads=0):
 
 
 def load_teacher(path, device="cpu", teacher_format="", num_heads=0):
-    """A DiT, called as u(x, t, y), from a teacher.pt or a file of SiT or REPA. teacher_format:
-    "sit" or "repa" for a file that may be either; num_heads: 0 if not known. Raises UserError."""
+    """A DiT, called as u(x, t, y), from a teacher.pt. Or from a public file: then teacher_format is
+    "sit" or "repa", and num_heads 0 if it is not known. Raises UserError."""
     return load_network(path, "teacher", device, teacher_format, num_heads)[0]
 
 
@@ -1300,6 +1286,8 @@ def load_student(path, device="cpu"):
 # Public teachers. SiT (arXiv 2401.08740) and REPA (arXiv 2410.06940) are DiTs with the same names.
 # What differs is folded into their weights. SiT's time runs the other way: u(x, t) = SiT(x, 1 - t).
 # REPA's velocity is n - x: u(x, t) = -REPA(x, t).
+# Tensors may fit both, so the user tells which of the two a file is. A wrong --teacher-format is
+# found by tensors that do not fit, or samples that do not look like data (open_teacher).
 FIRST = "x_embedder.proj.weight"  # a tensor that every DiT has
 
 
@@ -1325,59 +1313,45 @@ def find_tensors(file):
     return prefix, {k.removeprefix(prefix): v for k, v in flat.items() if k.startswith(prefix)}
 
 
-def find_format(tensors, settings, told=""):
-    """"SiT" or "REPA". The user, settings of the training and tensors may each tell. Raises
-    ValueError if they disagree or none tells, and for another kind of training."""
-    prediction, path_type = settings.get("prediction", ""), settings.get("path_type", "")
-    if prediction not in ("", "velocity", "v") or path_type not in ("", "linear", "Linear"):
-        raise ValueError(f"{prediction=}, {path_type=}: give a velocity of linear paths")
-    # SiT has twice the output channels, of which the second half is unused. REPA has projectors.
-    _, C, p, _ = tensors[FIRST].shape
-    has_twice = len(tensors["final_layer.linear.bias"]) == 2 * C * p * p
-    has_projectors = any(name.startswith(("projectors.", "decoder_blocks.")) for name in tensors)
-    is_sit = told == "sit" or prediction == "velocity" or has_twice
-    is_repa = told == "repa" or prediction == "v" or has_projectors
-    if is_sit == is_repa:
-        raise ValueError("marks of both SiT and REPA, or of none: give the right --teacher-format")
-    return "SiT" if is_sit else "REPA"
-
-
 def read_public(file, teacher_format="", num_heads=0):
     """A SiT or REPA file as {"ema": tensors of u(x, t), "network": settings of a DiT, "format",
-    "has_null": whether there is a null label}.
-
-    file: a state dict, or a training script's dict. teacher_format: "sit", "repa" or "" as for
-    load_teacher; num_heads: 0 if not known. Raises ValueError as find_format does, and for files
-    of other models or of several.
+    "has_null": whether there is a null label}. file: a state dict, or a training script's dict.
+    teacher_format: "sit" or "repa". num_heads: 0 if not known. Raises ValueError for other files.
     """
     prefix, tensors = find_tensors(file)
+    if not teacher_format:
+        raise ValueError("give --teacher-format sit or repa")
     args = file.get("args", {})  # a Namespace or a dict
     settings = {**file, **getattr(args, "__dict__", args)}
-    origin = find_format(tensors, settings, teacher_format)
-    # Names: REPA's projectors are not needed. Its older files name the later blocks decoder_blocks.
-    tensors = {name: v for name, v in tensors.items() if not name.startswith("projectors.")}
-    encoder = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
-    for name in [name for name in tensors if name.startswith("decoder_blocks.")]:
-        _, i, rest = name.split(".", 2)
-        tensors[f"blocks.{encoder + int(i)}.{rest}"] = tensors.pop(name)
-    # Time: SiT is called at 1 - t. As cos(w - wt) = cos w cos wt + sin w sin wt, and sin(w - wt) =
-    # sin w cos wt - cos w sin wt, the first layer can take t instead, with combined weights.
-    if origin == "SiT":
+    trained = settings.get("prediction", "v"), settings.get("path_type", "linear").lower()
+    if trained not in (("v", "linear"), ("velocity", "linear")):
+        raise ValueError(f"trained with {trained}, not for a velocity on linear paths")
+    outputs = "final_layer.linear.weight", "final_layer.linear.bias"
+    if teacher_format == "sit":
+        # SiT is called at 1 - t. As cos(w - wt) = cos w cos wt + sin w sin wt, and sin(w - wt) =
+        # sin w cos wt - cos w sin wt, the first layer can take t instead, with combined weights.
         w = torch.exp(-math.log(10000) / 128 * torch.arange(128, dtype=torch.float64))
         of_cos, of_sin = tensors["t_embedder.mlp.0.weight"].double().split(128, 1)
         tensors["t_embedder.mlp.0.weight"] = torch.cat(
             [of_cos * w.cos() + of_sin * w.sin(), of_cos * w.sin() - of_sin * w.cos()], 1)
-    # Output: of SiT the first half of the channels, of REPA the negative.
-    _, C, p, _ = tensors[FIRST].shape
-    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        used = tensors[name].unflatten(0, (p * p, -1))[:, :C].flatten(0, 1)  # pixel, channel
-        tensors[name] = used if origin == "SiT" else -used
-    # Labels: training without label dropout leaves no null label; give it a row, never used.
+        _, C, p, _ = tensors[FIRST].shape
+        for name in outputs:  # a second half of the output channels, if there is one, is not used
+            tensors[name] = tensors[name].unflatten(0, (p * p, -1))[:, :C].flatten(0, 1)
+    else:
+        encoder = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+        for name in list(tensors):
+            if name.startswith("projectors."):  # for REPA's training only
+                del tensors[name]
+            elif name.startswith("decoder_blocks."):  # older files: the blocks after the encoder's
+                _, i, rest = name.split(".", 2)
+                tensors[f"blocks.{encoder + int(i)}.{rest}"] = tensors.pop(name)
+        for name in outputs:
+            tensors[name] = -tensors[name]
     table = tensors["y_embedder.embedding_table.weight"]
     classes = settings.get("num_classes", 1000 if len(table) == 1000 else len(table) - 1)
-    if len(table) == classes:
-        tensors["y_embedder.embedding_table.weight"] = torch.cat([table, table.mean(0)[None]])
-    return {"format": f"{origin} {prefix}".strip(" ."), "has_null": len(table) > classes,
+    if len(table) == classes:  # trained without null label: give it a row, never used
+        tensors["y_embedder.embedding_table.weight"] = torch.cat([table, table[:1]])
+    return {"format": f"{teacher_format} {prefix}".strip(" ."), "has_null": len(table) > classes,
             "ema": tensors, "network": infer_settings(tensors, num_heads)}
 
 

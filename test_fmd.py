@@ -523,8 +523,8 @@ def test_a_student_starts_as_its_teacher_and_its_guidance_input_learns():
 SIT = argparse.Namespace(path_type="Linear", prediction="velocity", ckpt=None)
 REPA = argparse.Namespace(path_type="linear", prediction="v", cfg_prob=0.1)
 PROJECTORS = {"projectors.0.0.weight": torch.ones(8, 128), "projectors.0.0.bias": torch.ones(8)}
-FILES = {"sit bare": {"outputs": 8}, "sit script": {}, "sit told": {}, "repa bare": {},
-         "repa script": {"head": 64}, "repa told": {}, "repa norm": {"head": 32},
+FILES = {"sit bare": {"outputs": 8}, "sit four": {}, "sit script": {}, "repa bare": {},
+         "repa stripped": {}, "repa script": {"head": 64}, "repa norm": {"head": 32},
          "repa decoder": {"depth": 3}}
 
 
@@ -540,8 +540,7 @@ def test_public_files_have_the_velocity_of_a_plain_implementation(kind, tmp_path
         saved = {"model": public_file(seed=1), "args": SIT if "sit" in kind else REPA, "steps": 3,
                  "ema": {"module." + name: v for name, v in tensors.items()}, "opt": {"state": {}}}
     torch.save(saved, tmp_path / "a.pt")
-    form = kind.split()[0] if "told" in kind else ""
-    teacher = fmd.load_teacher(tmp_path / "a.pt", teacher_format=form)
+    teacher = fmd.load_teacher(tmp_path / "a.pt", teacher_format=kind.split()[0])
     x, t, y = noise(2, 4, 8, 8), torch.tensor([0.13, 0.94]).double(), torch.tensor([7, 1000])
     w, is_sit = {name: v.double() for name, v in tensors.items()}, kind.startswith("sit")
     expected = plain_dit(w, x, 1 - t if is_sit else t, y, heads, 2)[:, :4]
@@ -552,14 +551,14 @@ def test_public_files_have_the_velocity_of_a_plain_implementation(kind, tmp_path
 def test_files_that_are_refused(tmp_path):
     file, fc2 = public_file(outputs=8), "blocks.1.mlp.fc2.weight"
     for reason, wrong, form in [
-        ("'noise'", {"ema": file, "args": argparse.Namespace(prediction="noise")}, ""),
-        ("'noise'", {"ema": file, "args": {"prediction": "noise"}}, ""),
-        ("'VP'", {"ema": file, "path_type": "VP"}, ""),
-        ("both SiT and REPA", {**file, **PROJECTORS}, ""),
-        ("right --teacher-format", file, "repa"),
-        ("right --teacher-format", public_file(), ""),
-        ("not all finite", {**file, fc2: file[fc2] * math.nan}, ""),
-        (fc2, {name: v for name, v in file.items() if name != fc2}, ""),
+        ("'noise'", {"ema": file, "args": argparse.Namespace(prediction="noise")}, "sit"),
+        ("'noise'", {"ema": file, "args": {"prediction": "noise"}}, "sit"),
+        ("'vp'", {"ema": file, "path_type": "VP"}, "sit"),
+        ("projectors", {**file, **PROJECTORS}, "sit"),
+        ("size mismatch", file, "repa"),
+        ("give --teacher-format", file, ""),
+        ("not all finite", {**file, fc2: file[fc2] * math.nan}, "sit"),
+        (fc2, {name: v for name, v in file.items() if name != fc2}, "sit"),
         ("x_embedder.proj.weight", {"layer.weight": torch.ones(2)}, ""),
         ("it is a student", {"kind": "student"}, ""),
     ]:
@@ -1367,11 +1366,11 @@ def test_a_public_teacher_is_distilled_without_data_and_sampled(
         latent_teacher, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fmd, "open_data", lambda config: 1 / 0)
     out, flags = tmp_path / "out", [*TINY_LATENTS[6:], "--num-heads", "2", "--steps", "3"]
-    given = ["--teacher", latent_teacher, "--out", out, *flags]
+    given = ["--teacher", latent_teacher, "--teacher-format", "sit", "--out", out, *flags]
     line = run(*given, status=1, capsys=capsys)  # it draws noise
     assert "do not look like data" in line and not out.exists()
     run(*given, "--trust-teacher")
-    assert "SiT" in capsys.readouterr().out
+    assert "sit.pt: sit, {" in capsys.readouterr().out
     config = json.loads((out / "metrics.json").read_text())["config"]
     assert config["dataset"] == "imagenet" and config["prediction"] == "jvp"
     flags = ["--stage", "sample", "--out", out, "--samples", "10", "--seed", "3", "--device", "cpu"]
@@ -1404,13 +1403,13 @@ def test_a_file_without_one_network_to_take_is_refused():
     file = public_file(outputs=8)
     for wrong in {"model": file, "teacher": file}, {"ema_0.9": file, "ema_0.99": file}, {"x": 1}:
         with pytest.raises(ValueError, match="x_embedder.proj.weight is in"):
-            fmd.read_public(wrong)
+            fmd.read_public(wrong, "sit")
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS)
 def test_wrapped_weights_are_found(wrap):
-    file, plain = public_file(outputs=8), fmd.read_public(public_file(outputs=8))
-    found = fmd.read_public(wrap(file))
+    file, plain = public_file(outputs=8), fmd.read_public(public_file(outputs=8), "sit")
+    found = fmd.read_public(wrap(file), "sit")
     assert all(torch.equal(v, plain["ema"][k]) for k, v in found["ema"].items())
     assert found["network"] == plain["network"] and found["has_null"]
 
@@ -1419,25 +1418,26 @@ def test_a_file_without_null_label_and_with_other_heads(tmp_path, capsys):
     file, table = public_file(outputs=8), "y_embedder.embedding_table.weight"
     rows = len(file[table])
     args = argparse.Namespace(num_classes=rows)  # as many classes as rows: none is the null label
-    found = fmd.read_public({"model": dict(file), "args": args})
+    found = fmd.read_public({"model": dict(file), "args": args}, "sit")
     assert not found["has_null"] and found["network"]["num_classes"] == rows
     path = tmp_path / "a.pt"
     torch.save({"model": file, "args": {"num_classes": rows}}, path)
-    given = {"teacher": str(path), "trust_teacher": True, "num_heads": 4}
+    public = {"teacher": str(path), "teacher_format": "sit", "trust_teacher": True}
+    given = {**public, "num_heads": 4}
     network = fmd.open_teacher(given, "cpu")
     assert network.settings["num_heads"] == 4 and network.blocks[0].head_dim == 32
     c = fmd.make_config(**given)
     assert (c.guidance_max, c.guidance, c.label_dropout) == (1, 1, 0)
     for name in "guidance_max", "guidance":
         with pytest.raises(fmd.UserError, match="null label"):
-            fmd.open_teacher({"teacher": str(path), "trust_teacher": True, name: 2.0}, "cpu")
+            fmd.open_teacher({**public, name: 2.0}, "cpu")
 
 
 def test_samples_that_do_not_look_like_data_are_refused(monkeypatch):
     def opened(velocity):
         network = fmd.DiT(8, 4, 3)
         network.forward = velocity
-        monkeypatch.setattr(fmd, "load_network", lambda *_: (network, {"format": "SiT"}))
+        monkeypatch.setattr(fmd, "load_network", lambda *_: (network, {"format": "sit"}))
         assert fmd.open_teacher({"teacher": "a.pt"}, "cpu") is network
 
     ramp = torch.linspace(-1.7, 1.7, 8)
