@@ -84,7 +84,7 @@ class FlowMap:
     """The student: a network read as F, the average velocity from t = 1 to t = 1 - delta.
 
     Why it starts with the teacher's weights: at delta = 0 the average is the velocity itself,
-    F(z, 0) = u(z, 1). There the teacher's weights are exact (at strength 1).
+    F(z, 0) = u(z, 1). This is what the teacher's network returns there (without guidance).
     """
 
     def __init__(self, network):
@@ -132,8 +132,8 @@ def solve_ode(u, z, steps, method="heun", y=None, return_path=False, t=1.0, leng
 
 def guided(teacher, guidance, interval=(0.0, 1.0)):
     """Classifier-free guidance: u_gamma = gamma u(.|y) + (1 - gamma) u(.|null), another teacher.
-    guidance: the strength gamma, (B,) or (1,). Outside of the interval of t the strength is 1.
-    None: the teacher itself."""
+    guidance: the strength gamma, (B,) or (1,), or None for the teacher itself. Outside of the
+    interval of t the strength is 1."""
     if guidance is None:
         return teacher
 
@@ -153,7 +153,7 @@ def mean_square(D):
     return D.flatten(1).square().mean(1)
 
 
-@torch.no_grad()  # sg: D_G is constant, see "Why" below. jvp does not need autograd's graph.
+@torch.no_grad()  # sg, see "Why D_G is held constant". jvp does not need autograd's graph.
 def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp", spacing=0.005,
                         F=None):
     """Predict: D_G = v_G - u(f, 1 - delta) of [9], (B, C, H, W), with v_G = F + delta dF/ddelta.
@@ -211,8 +211,8 @@ def correction_gradient(v_N, u, x_r, r, y=None):
     Together: E[(1 - r)^2 / r (dF/dtheta)^T D_N]. Like [11], the loss leaves out the factor
     (1 - r)^2 / r. It is positive: without it only the weights of the noise levels r change.
 
-    Why D_N need not be zero for a perfect student: step 2 needs a u that is E[x - n | x_r] of the
-    samples that its own ODE ends in. A learned u is only near it; a guided one is no such mean.
+    Why D_N need not be zero for a perfect student: step 2 needs u = E[x - n | x_r], x the samples
+    of u's own ODE. A learned u is only near this mean, a guided one is no such mean.
     """
     return v_N - u(x_r, r, y)  # D_N of [11]
 
@@ -224,7 +224,7 @@ def decay(D, k):
     """D / (||D||^2 / d + eps)^k of each sample. (MeanFlow does not divide by d: its eps differs.)
 
     What k does: a sample pulls with ||D||^(1 - 2k). At k = 0 large residuals dominate, at 1/2 all
-    samples pull equally, at 1 large residuals pull less. (||D||^2 / d far below eps only scales.)
+    samples pull equally, at 1 large residuals pull less. (Far below eps the divisor is constant.)
     Why decay: the paper's FID (DiT-B/2) is about 12 for each k without correction, with correction
     43.5 for k = 0, 10.6 for 1/2 and 5.6 for 1. Our guess: the two losses disagree most where
     residuals are large, and a larger k weakens the correction beside the prediction (see balance).
@@ -240,20 +240,21 @@ class Distiller(nn.Module):
     starts as a copy of the teacher, since v_N comes nearer to u as the student learns. teacher:
     u(x, t, y), never changed. config: a Config.
 
-    Why the correction has its own guidance interval: the paper guides its u for r up to 0.7 only,
-    about half of all r, and has FID 5.6 (DiT-B/2), with [0, 1] 8.7. Our guess: as D_N is not zero
-    for a perfect student, a guided u pulls to more guidance and an unguided one to less (measured
-    on digits), and the two halves cancel in part.
+    Why the correction has its own guidance interval: the paper guides the correction's u only for r
+    up to 0.7, about half of all r, and has FID 5.6 (DiT-B/2), with [0, 1] 8.7. Our guess: as D_N is
+    not zero for a perfect student, a guided u pulls to more guidance and an unguided one to less
+    (measured on digits), and the two pulls cancel in part.
     """
 
     def __init__(self, network, critic, teacher, config):
         super().__init__()
         self.network, self.critic, self.teacher = network, critic, teacher
         self.config = config
-        self.ema_student = None  # train sets it for ema_target: a FlowMap of averaged weights
+        self.ema_student = None  # set by train for ema_target: a FlowMap of averaged weights
 
     def forward(self, z_G, y_G, delta, z_N, y_N, r, n, guidance_G=None, guidance_N=None, h=None):
-        """Rows _G (generating) predict, rows _N (noising) correct. Returns loss and metrics."""
+        """Rows _G (generating) predict, rows _N (noising) correct. n: noise, h: of the form solver.
+        Returns loss and metrics."""
         config, student = self.config, FlowMap(self.network)
         loss, metrics, D_G = 0.0, {}, None
         if len(z_G):  # Predict
@@ -295,9 +296,9 @@ class Distiller(nn.Module):
         is no D_G. (Both norms are divided by sqrt(d), so that eps fits all d.)
 
         Why lambda: both norms change in training. lambda gives D_N alpha times the size of D_G, so
-        the correction fades as D_G does. It takes D_G before its decay (our choice): decayed, D_G
-        has the size ||D_G||^(1 - 2k), which does not fade at k = 1/2 and grows at k = 1. So beside
-        the decayed prediction the correction has alpha (||D_G||^2 / d + eps)^k times its size.
+        the correction fades as D_G does. It takes D_G before its decay (our choice). Decayed, D_G
+        has the size ||D_G||^(1 - 2k): when D_G falls, this stays at k = 1/2 and grows at k = 1. So
+        the correction is alpha (||D_G||^2 / d + eps)^k times as large as the decayed prediction.
         The price: a small D_N is mostly the critic's error, and lambda enlarges it.
         """
         if D_G is None:
@@ -322,9 +323,9 @@ class Distiller(nn.Module):
             if config.is_guided:
                 strength = torch.rand(count, generator=g)
                 batch[f"guidance_{side}"] = 1 + (config.guidance_max - 1) * strength
-        # Uniform in (0, 1], since [7] must hold for all delta. Stratified for less variance: one
-        # row in each of `predict` equal parts. (Recipe fast does not use [7]: with delta = min(1,
-        # 2 uniform) half of its rows learn the sample f(z, 1).)
+        # Uniform in (0, 1], since [7] at one delta fixes only a slope. Stratified for less
+        # variance: one row in each of `predict` equal parts. (Form solver fits f itself: recipe
+        # fast has delta = min(1, 2 uniform), so half of its rows fit the sample f(z, 1).)
         uniform = 1 - (torch.arange(predict) + torch.rand(predict, generator=g)) / predict
         batch["delta"] = (config.delta_scale * uniform).clamp(1e-3, 1)  # solver divides by delta
         if config.prediction == "solver":
@@ -569,7 +570,7 @@ TOYS = ("checkerboard", "gaussians", "moons", "spirals", "rings")
 
 def make_toy(name):
     """One of TOYS as a GaussianMixture with a spread near 1. Raises KeyError for another name."""
-    # Skip at first. A point is x + iy. A toy has means, (labels, means of each label), and a blur.
+    # Skip at first. means: points x + iy, of shape (labels, means of each label).
     circle = torch.polar(torch.ones(192), math.tau * torch.arange(192) / 192)
     cells = [x + 1j * y for x in range(-2, 2) for y in range(-2, 2) if (x - y) % 2 == 0]
     grid = [x / 6 + 1j * y / 6 for x in range(6) for y in range(6)]  # fills a cell
@@ -590,7 +591,7 @@ def make_toy(name):
 class ImageData:
     """Labelled images (N, C, H, W): uint8 pictures, drawn in [-1, 1], or latents as they are."""
 
-    has_density = False  # unknown for images: no exact velocity, no support
+    has_density = False  # unknown for images: no exact velocity, no coverage
 
     def __init__(self, images, labels, num_classes):
         self.images = images
@@ -637,7 +638,7 @@ class Config:
     # the run
     dataset: str = option("toy2d", "data", choices=["toy2d", "mnist", "cifar10", "imagenet"])
     recipe: str = option("", "algorithm: the paper's or ours", choices=["", "paper", "fast"])
-    quick: bool = option(False, "a size that two cores train in minutes; imagenet has none")
+    quick: bool = option(False, "a size for two cores and minutes; ignored for imagenet")
     stage: str = option("all", "what to do", choices=["all", "teacher", "sample"])
     out: str = option("", "folder of the run; default: the next free one under runs/")
     seed: int = option(0, "of everything random; with --stage sample, of the noises", 0, 2**62)
@@ -728,7 +729,7 @@ class Config:
 
 
 # A later one wins: the defaults of Config, PRESETS (the data set), RECIPES (the algorithm), QUICK
-# (the size), flags. Without flags this gives
+# (the size), flags. For example
 #     command            recipe  prediction  decay k  alpha  correction_share
 #     toy2d              fast    solver      0.5      0.3    0.125
 #     mnist --quick      paper   jvp         1        0.3    0.25
@@ -749,9 +750,9 @@ PRESETS = {
                  "teacher_learning_rate": 1e-4, "guidance_max": 3.0, "guidance": 1.4,
                  "ema_decay": 0.9999, "eval_samples": 2000},
 }
-# paper: nothing to add. The defaults of Config have the paper's prediction (difference is also the
-# paper's), decay, correction_share and r_location, PICTURES its correction_interval. The paper has
-# alpha from 0.3 to 3. Other values are ours. fast: ours, measured on small models.
+# paper: adds nothing. The defaults of Config are the paper's prediction (jvp or difference), decay,
+# correction_share, r_location and alpha (0.3 to 3), PICTURES has its correction_interval. All other
+# values are ours. fast: ours, measured on small models.
 RECIPES = {"paper": {},
            "fast": {"prediction": "solver", "decay": 0.5, "alpha": 0.3, "delta_scale": 2.0,
                     "ema_target": True, "correction_share": 0.125}}
@@ -888,8 +889,8 @@ def train(module, config, state=None):
     module.draw(step) -> {name: tensor, one row for each sample}. module(**batch) -> scalar loss,
     {name: scalar tensor}. state: that of an earlier train of this module, to go on.
     Loss, gradients and metrics are means over processes and micro-batches, which need equally many
-    rows. Only lambda is that of one micro-batch of all processes. A step that is not finite is
-    skipped; ten consecutive ones raise UserError.
+    rows. (lambda is computed for each micro-batch, over all processes.) A step that is not finite
+    is skipped; ten consecutive ones raise UserError.
     """
     state = state or TrainState(module, config)
     skipped = 0  # consecutive steps
@@ -911,7 +912,7 @@ def train(module, config, state=None):
             part = {name: v[rows].to(device) for name, v in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16"):
                 loss, metrics = parallel(**part)
-            # Each backward averages the sums so far. Earlier parts are equal by then, and stay.
+            # DDP averages the sums over processes. Earlier parts, already averaged, stay the same.
             (loss / count).backward()
             values.append(torch.stack([loss, *metrics.values()]).detach())
         loss, *means = mean_over_processes(torch.stack(values).mean(0))
@@ -998,14 +999,14 @@ def conditions(network, config, N):
 
 
 def endpoint_score(teacher, network, config):
-    """Returns score(network), the endpoint error of a student with this network. Its noises and the
+    """Returns score(learned), the endpoint error of a student with this network. Its noises and the
     ends of the teacher's paths are computed here, once."""
     N = max(64, 2000 // math.prod(network.shape))
     y, strength = conditions(network, config, N)
     u = guided(teacher, strength, config.guidance_interval)
     z = draw_noise(network, N, generator(config.seed, EVALUATION, 0))
     phi = solve_ode(u, z, PATH_STEPS, "rk4", y)
-    return lambda network: relative_error(jump(FlowMap(network), z, y, strength), phi)
+    return lambda learned: relative_error(jump(FlowMap(learned), z, y, strength), phi)
 
 
 def evaluate(student, teacher, data, config, out, log):
@@ -1026,9 +1027,9 @@ def evaluate(student, teacher, data, config, out, log):
     errors = [relative_error(a, b, path[-1]) for a, b in zip(jumps, path)]
     sets = {"teacher": in_batches(lambda z, y: solve_ode(u, z, SET_STEPS, "rk4", y), z, y),
             "student": in_batches(lambda z, y: jump(student, z, y, strength), z, y)}
-    held_out = in_batches(lambda z, y: solve_ode(u, z, SET_STEPS, "rk4", y), other_z, y)
-    floor = sliced_w2(sets["teacher"], held_out)
-    ratio = sliced_w2(sets["student"], held_out) / floor
+    others = in_batches(lambda z, y: solve_ode(u, z, SET_STEPS, "rk4", y), other_z, y)
+    floor = sliced_w2(sets["teacher"], others)
+    ratio = sliced_w2(sets["student"], others) / floor
     nfe = SET_STEPS * METHODS["rk4"] * (1 + config.is_guided)
     print(f"endpoint error {errors[-1]:.4f} of the spread (0 is exact); SW2 {ratio:.3f} "
           f"times its floor (1 is the goal); 1 evaluation instead of {nfe}")
@@ -1068,10 +1069,10 @@ def to_view(x, network):
     return x.cpu() * scale + center
 
 
-def panels(N, view, width, rows=1):
-    """N square panels with one view, which holds nearly all of the points view (..., 2, 1, 1)."""
+def panels(N, x, width, rows=1):
+    """N square panels with the same limits, which hold nearly all points x (..., 2, 1, 1)."""
     figure = Figure((width * N / rows, width * rows + 0.4), layout="constrained")
-    points = view.flatten(-3)[..., :2].reshape(-1, 2).cpu().numpy()
+    points = x.flatten(-3)[..., :2].reshape(-1, 2).cpu().numpy()
     low, high = np.quantile(points, [0.001, 0.999], axis=0)
     middle, half = (low + high) / 2, 0.575 * (high - low)
     if half.max() < 5 * half.min():  # x and y are comparable: one scale for both
@@ -1082,7 +1083,7 @@ def panels(N, view, width, rows=1):
 
 
 def draw_set(axis, x, name, columns=6):
-    """Points as dots; pictures (N, C, H, W) in [-1, 1] in a square of `columns`, or less."""
+    """Points as dots; the first columns^2 pictures (N, C, H, W), in [-1, 1], in rows of columns."""
     if x.shape[-1] == 1:
         axis.scatter(*plane(x), s=3, linewidths=0, alpha=0.6, color=COLORS.get(name))
         return
@@ -1102,7 +1103,7 @@ def plot_samples(samples, titles=None):
 
 
 def plot_filmstrip(teacher_path, student_path, lines=4):
-    """Pictures along the teacher's path, f(z, delta) under them, (S, B, C, H, W), at nine times."""
+    """Pictures along the teacher's path, f(z, delta) under them, (steps, B, C, H, W): nine."""
     at = np.linspace(0, len(teacher_path) - 1, 9).round().astype(int)
     axes = Figure((9, 2 * lines), layout="constrained").subplots(2 * lines, 1)
     paths = {"teacher": teacher_path, "student": student_path}
@@ -1115,7 +1116,7 @@ def plot_filmstrip(teacher_path, student_path, lines=4):
 
 
 def plot_paths(teacher_path, student_path, lines=40):
-    """The first `lines` of the teacher's paths, f(z, delta) over them, (S, B, 2, 1, 1)."""
+    """The first `lines` of the teacher's paths, f(z, delta) over them, (steps, B, 2, 1, 1)."""
     paths = {"teacher": teacher_path[:, :lines], "student": student_path[:, :lines]}
     figure, (axis,) = panels(1, torch.cat(list(paths.values())), 7)
     axis.scatter(*plane(teacher_path[-1]), s=4, lw=0, color=COLORS["teacher"], alpha=0.15)
@@ -1152,7 +1153,7 @@ def plot_losses(log):
 
 
 def animate_paths(teacher_path, student_path, frames=20):
-    """Noise becoming data along both paths, (S, B, C, H, W): an animation that rests on its end."""
+    """Noise becoming data along both paths, (steps, B, C, H, W): an animation."""
     figure, axes = panels(2, torch.cat([teacher_path[-1:], teacher_path[:1]]), 3.6)
     paths = {"teacher": ("ODE up to", teacher_path), "student": ("one jump to", student_path)}
     steps = np.linspace(0, len(teacher_path) - 1, frames).round().astype(int).tolist()
@@ -1380,12 +1381,11 @@ def make_parser():
     parser.error = lambda text: parser.exit(2, f"fmd: {text}; python fmd.py --help lists flags\n")
     special = {bool: {"action": argparse.BooleanOptionalAction},
                tuple: {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}}
+    defaults = make_config()
     for f in dataclasses.fields(Config):
         kind = special.get(f.type, {"type": f.type, "choices": f.metadata["choices"]})
-        text = f.metadata["help"]
-        default = getattr(make_config(), f.name)
-        if default != "":
-            text += f" (toys: {default})"
+        default = getattr(defaults, f.name)
+        text = f.metadata["help"] + (f" (toys: {default})" if default != "" else "")
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
     return parser
 
@@ -1419,8 +1419,8 @@ def claim_folder(config, held, **sources):
         if lock.is_locked and theirs in ({}, mine):  # free, and new or ours
             save(file, lambda part: part.write(json.dumps(mine, indent=1).encode()))
             return folder
-        held.close()
-        if theirs == mine:  # ours, but in use
+        held.close()  # gives the lock back
+        if theirs == mine or (config.out and not theirs):  # in use
             raise UserError(f"{folder} is in use by another process: wait, or give another --out")
         if config.out:  # of another run; without --out the next name is tried
             other = next(name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name))
@@ -1481,7 +1481,7 @@ def run_training(given, device):
     if teacher is None or config.dataset == "toy2d":
         data = open_data(config)
         x, y = data.draw(64, generator(0))
-        if teacher and not data.place.items() <= teacher.settings.items():
+        if teacher and not data.place.items() <= teacher.settings.items():  # <=: contained in
             raise UserError(f"--toy {config.toy}: these are not this teacher's points", 2)
         total = (x.double().flatten(1).sum(1) * (y + 1)).sum()  # depends on the order of labels
         sources["data"] = f"of sum {total}, {len(data.labels)} rows, {data.place}"
@@ -1494,9 +1494,8 @@ def run_training(given, device):
     # The mean of the losses of unequal parts would not be the loss of the batch.
     parts = WORLD * config.micro_batches
     if config.batch_size % parts or config.corrections % parts:
-        raise UserError(f"--batch-size {config.batch_size}, of which {config.corrections} correct, "
-                        f"does not split evenly into {WORLD} processes x {config.micro_batches} "
-                        "--micro-batches", 2)
+        raise UserError(f"--batch-size {config.batch_size}, of which {config.corrections} correct: "
+                        f"give multiples of {parts}, which is processes x --micro-batches", 2)
     if config.dataset == "toy2d":  # more threads gain nothing on networks as small as these
         torch.set_num_threads(1)
     if config.precision == "bfloat16":  # fast products also of what stays float32
@@ -1509,11 +1508,11 @@ def run_training(given, device):
 
 
 def run_stages(teacher, start, data, config, out):
-    """The stages of a run; one that is finished is only loaded. teacher: its network, to be trained
-    first if there is no --teacher. start: the network of --student, or None."""
+    """The stages of a run; one that is finished is only loaded. teacher: a network, trained first
+    unless it is that of --teacher. start: the network of --student, or None."""
     log = []
     if not config.teacher:
-        first = dataclasses.replace(config, steps=config.teacher_steps,
+        first = dataclasses.replace(config, steps=config.teacher_steps, ema_target=False,
                                     learning_rate=config.teacher_learning_rate)
         teacher, log = run_stage("teacher", FlowMatching(teacher, data, first), first, out)
     if config.stage == "all":
@@ -1594,8 +1593,8 @@ def run_sampling(given, device):
     theirs = {k: v for k, v in file["config"].items() if hasattr(Config, k)}  # of any version
     theirs = json.loads(json.dumps(theirs))  # with lists, as those of flags
     for name, v in given.items():
-        if name not in {*MAY_CHANGE, "seed"} and v != theirs[name]:
-            raise UserError(f"{flag(name)} {v}: {out} has {theirs[name]}, give another --out", 2)
+        if name not in {*MAY_CHANGE, "seed"} and v != theirs.get(name):
+            raise UserError(f"{flag(name)} {v}: {out} has {theirs.get(name)}, give its --out", 2)
     config = Config(**{**theirs, "seed": 0, **given})
     N = config.samples
     y, strength = conditions(network, config, N)
@@ -1624,14 +1623,13 @@ def main(argv=None):
     warnings.filterwarnings("ignore", module="torch")  # torch's own, about what jvp uses
     try:
         name = given.get("device", Config.device)
-        if WORLD > 1:
-            # gloo also beside NCCL: the flag of an interruption is exchanged on the CPU.
-            on_gpus = name == "cuda" and torch.cuda.is_available()
-            distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
         with explained("--device: not on this machine, or fewer GPUs than processes: give cpu"):
             if WORLD > 1 and name == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             device = torch.zeros(1, device=name).device
+        if WORLD > 1:  # gloo also beside NCCL: the flag of an interruption is exchanged on the CPU
+            backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
+            distributed.init_process_group(backend)
         run = run_sampling if given.get("stage") == "sample" else run_training
         run(given, device)
         return 0

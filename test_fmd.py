@@ -1458,6 +1458,10 @@ def test_a_folder_in_use_is_refused(finished, capsys):
     other.stdout.readline()
     line = run("--out", finished, *TINY, status=1, capsys=capsys)
     assert "in use by another process" in line
+    os.rename(finished / "config.json", finished / "aside")  # as if it had just begun
+    line = run("--out", finished, *TINY, status=1, capsys=capsys)
+    os.rename(finished / "aside", finished / "config.json")
+    assert "in use by another process" in line
     other.kill()
     other.wait()
     run("--out", finished, *TINY)
@@ -1678,7 +1682,7 @@ def test_processes_stop_together_and_refuse_together(tmp_path, monkeypatch):
     assert torch.load(tmp_path / "out" / "student.pt", weights_only=True)["step"] == 2
     done = torchrun("--out", tmp_path / "odd", *TINY, *GUIDED, processes=3)
     lines = [line for line in done.stderr.splitlines() if line.startswith("fmd:")]
-    assert done.returncode and len(lines) == 1 and "3 processes" in lines[0]
+    assert done.returncode and len(lines) == 1 and "multiples of 3, which" in lines[0]
     monkeypatch.setenv("RANK", "1")  # left in the environment: not launched by torchrun
     monkeypatch.setenv("WORLD_SIZE", "2")
     code = "import fmd, sys; sys.exit(fmd.WORLD != 1)"
@@ -1691,15 +1695,17 @@ def test_processes_have_a_backend_for_their_device(monkeypatch, capsys, tmp_path
     monkeypatch.setattr(
         fmd.distributed, "init_process_group", lambda backend: used.append(backend))
     monkeypatch.setenv("LOCAL_RANK", "99")
-    for has_gpu in True, False:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
-        line = run("--device", "cuda", status=1, capsys=capsys)
-        assert "not on this machine, or fewer GPUs than processes" in line
-        run("--device", "cpu", "--out", tmp_path, status=1, capsys=capsys)  # there is no group
-    backends = [fmd.distributed.distributed_c10d.BackendConfig(name).device_backend_map
-                for name in map(fmd.distributed.Backend, used)]
-    assert backends[0] == {"cpu": "gloo", "cuda": "nccl"}
-    assert all(v["cpu"] == "gloo" and "nccl" not in v.values() for v in backends[1:])
+    line = run("--device", "cuda", status=1, capsys=capsys)
+    assert "not on this machine, or fewer GPUs than processes" in line and not used
+    zeros, chosen = torch.zeros, []
+    monkeypatch.setattr(torch, "zeros", lambda *size, device=None, **how: zeros(*size, **how))
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name in "cuda", "cpu":  # cuda is a CPU here, and there is no group
+        run("--device", name, "--out", tmp_path, status=1, capsys=capsys)
+    of_gpus, of_cpus = [fmd.distributed.distributed_c10d.BackendConfig(name).device_backend_map
+                        for name in map(fmd.distributed.Backend, used)]
+    assert of_gpus == {"cpu": "gloo", "cuda": "nccl"} and chosen == [99]
+    assert of_cpus["cpu"] == "gloo" and "nccl" not in of_cpus.values()
 
 
 # --- Pictures of a run ---------------------------------------------------------------------------
