@@ -1846,6 +1846,9 @@ def test_the_notebook_is_committed_as_it_ran():
             if cell.cell_type == "code":
                 known += " ".join([cell.source, *map(text_of, cell.outputs)])
         assert set(re.findall(r"\d+\.\d+", prose)) <= set(re.findall(r"\d+\.\d+", known))
+    (baselines,) = re.findall("Baselines are in the notebook.*", (HERE / "README.md").read_text())
+    errors = re.findall(r"0\.\d{3}", baselines)
+    assert len(errors) == 5 and all(error in printed for error in errors)
 
 
 if __name__ == "__main__":
