@@ -1320,7 +1320,7 @@ def read_public(file, teacher_format="", num_heads=0):
     teacher_format: "sit" or "repa". num_heads: 0 if not known. Raises ValueError for other files.
     """
     prefix, tensors = find_tensors(file)
-    if not teacher_format:
+    if teacher_format not in ("sit", "repa"):
         raise ValueError("give --teacher-format sit or repa")
     args = file.get("args", {})  # a Namespace or a dict
     settings = {**file, **getattr(args, "__dict__", args)}

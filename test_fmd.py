@@ -557,6 +557,7 @@ def test_files_that_are_refused(tmp_path):
         ("projectors", {**file, **PROJECTORS}, "sit"),
         ("size mismatch", file, "repa"),
         ("give --teacher-format", file, ""),
+        ("give --teacher-format", file, "SiT"),
         ("not all finite", {**file, fc2: file[fc2] * math.nan}, "sit"),
         (fc2, {name: v for name, v in file.items() if name != fc2}, "sit"),
         ("x_embedder.proj.weight", {"layer.weight": torch.ones(2)}, ""),
