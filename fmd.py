@@ -67,7 +67,7 @@ from tqdm import tqdm
 # two losses: prediction compares v_G with u, correction compares v_N with u.
 # Why from noise alone: a guided or imperfect teacher passes through states that noised data rarely
 # reach (the teacher-data mismatch), so a student that trains on noised data, as in MeanFlow (arXiv
-# 2505.13447), hardly learns them. Only at t = 1 are both the same: N(0, I).
+# 2505.13447), hardly learns them. At t = 1 both are the same for every teacher: N(0, I).
 
 
 def expand(v):
@@ -227,7 +227,8 @@ def decay(D, k):
     samples pull equally, at 1 large residuals pull less. (Far below eps the divisor is constant.)
     Why decay: the paper's FID (DiT-B/2) is about 12 for each k without correction, with correction
     43.5 for k = 0, 10.6 for 1/2 and 5.6 for 1. Our guess: the two losses disagree most where
-    residuals are large, and a larger k weakens the correction beside the prediction (see balance).
+    residuals are large, and once ||D_G||^2 / d is below 1 a larger k weakens the correction beside
+    the prediction (see balance).
     """
     return D / expand((mean_square(D) + EPS) ** k)
 
@@ -1317,16 +1318,16 @@ def find_tensors(file):
 def read_public(file, teacher_format="", num_heads=0):
     """A SiT or REPA file as {"ema": tensors of u(x, t), "network": settings of a DiT, "format",
     "has_null": whether there is a null label}. file: a state dict, or a training script's dict.
-    teacher_format: "sit" or "repa". num_heads: 0 if not known. Raises ValueError for other files.
-    """
+    The other arguments are those of load_teacher. Raises ValueError for files of other models."""
     prefix, tensors = find_tensors(file)
     if teacher_format not in ("sit", "repa"):
         raise ValueError("give --teacher-format sit or repa")
     args = file.get("args", {})  # a Namespace or a dict
     settings = {**file, **getattr(args, "__dict__", args)}
-    trained = settings.get("prediction", "v"), settings.get("path_type", "linear").lower()
-    if trained not in (("v", "linear"), ("velocity", "linear")):
-        raise ValueError(f"trained with {trained}, not for a velocity on linear paths")
+    own = {"sit": "velocity", "repa": "v"}[teacher_format], "linear"
+    trained = settings.get("prediction", own[0]), str(settings.get("path_type", own[1])).lower()
+    if trained != own:
+        raise ValueError(f"trained for {trained}, not {own}: give the right --teacher-format")
     outputs = "final_layer.linear.weight", "final_layer.linear.bias"
     if teacher_format == "sit":
         # SiT is called at 1 - t. As cos(w - wt) = cos w cos wt + sin w sin wt, and sin(w - wt) =
@@ -1351,7 +1352,7 @@ def read_public(file, teacher_format="", num_heads=0):
     table = tensors["y_embedder.embedding_table.weight"]
     classes = settings.get("num_classes", 1000 if len(table) == 1000 else len(table) - 1)
     if len(table) == classes:  # trained without null label: give it a row, never used
-        tensors["y_embedder.embedding_table.weight"] = torch.cat([table, table[:1]])
+        tensors["y_embedder.embedding_table.weight"] = torch.cat([table, table.mean(0)[None]])
     return {"format": f"{teacher_format} {prefix}".strip(" ."), "has_null": len(table) > classes,
             "ema": tensors, "network": infer_settings(tensors, num_heads)}
 
@@ -1394,10 +1395,14 @@ def make_parser():
 # compared, not the name; of a recipe, the settings that it gives. steps may not change, as learning
 # rates fall over all of them. For more steps start a new run from --teacher and --student.
 MAY_CHANGE = {
-    "recipe", "quick", "stage", "out", "debug", "data", "teacher", "student", "trust_teacher",
-    "guidance", "learning_rate", "teacher_learning_rate", "critic_learning_rate", "device",
-    "compile", "micro_batches", "activation_checkpointing", "eval_samples", "samples",
+    "recipe", "quick", "stage", "out", "debug", "data", "teacher", "teacher_format", "student",
+    "trust_teacher", "guidance", "learning_rate", "teacher_learning_rate", "critic_learning_rate",
+    "device", "compile", "micro_batches", "activation_checkpointing", "eval_samples", "samples",
     "classes"}
+
+
+# Settings that --stage sample may give; any other one must be that of the run.
+OF_SAMPLES = {"stage", "out", "debug", "seed", "guidance", "device", "samples", "classes"}
 
 
 def claim_folder(config, held, **sources):
@@ -1446,9 +1451,9 @@ def open_teacher(given, device):
     if RANK == 0:
         print(f"{given['teacher']}: {file.get('format', 'fmd')}, {network.settings}")
     # Samples of a public file must look like pictures or latents. A file read in a wrong way would
-    # still get good scores, since they compare the student with it. REPA read as SiT maps noise to
-    # noise: neighbouring values have a correlation of 0, in pictures and latents above 0.5. A
-    # network that predicts noise, u = n, gives 2z: data has a spread near 1.
+    # still get good scores, since they compare the student with it. REPA read as SiT, or SiT as
+    # REPA, does not smooth the noise: neighbouring values have a correlation of 0 or less, in data
+    # above 0.5. A network that predicts noise, u = n, gives 2z: data has a spread near 1.
     if "format" in file and not given.get("trust_teacher"):
         y = torch.arange(16, device=device) % max(1, network.num_classes)
         x = solve_ode(network, draw_noise(network, 16, generator(0)), 8, y=y)
@@ -1593,8 +1598,9 @@ def run_sampling(given, device):
     theirs = {k: v for k, v in file["config"].items() if hasattr(Config, k)}  # of any version
     theirs = json.loads(json.dumps(theirs))  # with lists, as those of flags
     for name, v in given.items():
-        if name not in {*MAY_CHANGE, "seed"} and v != theirs.get(name):
-            raise UserError(f"{flag(name)} {v}: {out} has {theirs.get(name)}, give its --out", 2)
+        if name not in OF_SAMPLES and v != theirs.get(name):
+            raise UserError(f"{flag(name)} {v}: {out} has {theirs.get(name)}: remove this flag, or "
+                            "give the --out of another run", 2)
     config = Config(**{**theirs, "seed": 0, **given})
     N = config.samples
     y, strength = conditions(network, config, N)
@@ -1623,6 +1629,8 @@ def main(argv=None):
     warnings.filterwarnings("ignore", module="torch")  # torch's own, about what jvp uses
     try:
         name = given.get("device", Config.device)
+        if WORLD > 1:
+            name = name.split(":")[0]  # each process takes a GPU of its own
         with explained("--device: not on this machine, or fewer GPUs than processes: give cpu"):
             if WORLD > 1 and name == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

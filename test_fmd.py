@@ -554,6 +554,9 @@ def test_files_that_are_refused(tmp_path):
         ("'noise'", {"ema": file, "args": argparse.Namespace(prediction="noise")}, "sit"),
         ("'noise'", {"ema": file, "args": {"prediction": "noise"}}, "sit"),
         ("'vp'", {"ema": file, "path_type": "VP"}, "sit"),
+        ("right --teacher-format", {"ema": public_file(), "args": REPA}, "sit"),
+        ("right --teacher-format", {"ema": public_file(), "args": SIT}, "repa"),
+        ("right --teacher-format", {"ema": public_file(), "path_type": None}, "repa"),
         ("projectors", {**file, **PROJECTORS}, "sit"),
         ("size mismatch", file, "repa"),
         ("give --teacher-format", file, ""),
@@ -1111,7 +1114,8 @@ def test_the_sample_stage(finished, tmp_path, monkeypatch, capsys):
     assert "8 labels" in run(*flags, 7, "--classes", "-1", status=1, capsys=capsys)
     assert "--guidance" in run(*flags, 7, "--guidance", "3", status=2, capsys=capsys)
     assert "student" in run("--stage", "sample", "--out", "nowhere", status=1, capsys=capsys)
-    for wrong in ["--toy", "moons"], ["--dataset", "mnist"], ["--guidance-max", "3"]:
+    for wrong in (["--toy", "moons"], ["--dataset", "mnist"], ["--guidance-max", "3"],
+                  ["--student", "s.pt"], ["--recipe", "paper"]):
         line = run(*flags, 7, *wrong, status=2, capsys=capsys)  # not the settings of the run
         assert " ".join(wrong) in line and str(finished) in line
     monkeypatch.chdir(tmp_path)  # without --out: the newest run
@@ -1701,7 +1705,7 @@ def test_processes_have_a_backend_for_their_device(monkeypatch, capsys, tmp_path
     zeros, chosen = torch.zeros, []
     monkeypatch.setattr(torch, "zeros", lambda *size, device=None, **how: zeros(*size, **how))
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    for name in "cuda", "cpu":  # cuda is a CPU here, and there is no group
+    for name in "cuda:1", "cpu":  # cuda is a CPU here, and there is no group
         run("--device", name, "--out", tmp_path, status=1, capsys=capsys)
     of_gpus, of_cpus = [fmd.distributed.distributed_c10d.BackendConfig(name).device_backend_map
                         for name in map(fmd.distributed.Backend, used)]
