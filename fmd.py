@@ -187,8 +187,8 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
         dF = dF / expand(high - low)
     else:
         raise ValueError(f"prediction_gradient: {form} is not jvp or difference")
-    # Why u is evaluated at f: the ODE says df/ddelta = u(f, 1 - delta), and the student's own f
-    # costs neither data nor a solver.
+    # Why u is evaluated at f: a solution of the ODE has df/ddelta = u(f, 1 - delta) [7], and the
+    # student's own f costs neither data nor a solver.
     # Why D_G is held constant (sg): [8] then moves F to a target, F - D_G = u(f) - delta dF/ddelta.
     # A gradient through u(f) could instead move f to where u happens to be near v_G. One through
     # dF/ddelta would need a second derivative.
@@ -340,7 +340,8 @@ class Distiller(nn.Module):
     def solver_gradient(self, u, F, z, delta, h, y, guidance):
         """The form solver, ours. It evaluates u more often, but needs no dF/ddelta, which is less
         exact than F: training fits F only.
-            start = f(z, delta - h)    a jump; with ema_target by the averaged weights
+            start = f(z, delta - h)    a jump; with ema_target by the averaged weights, whose errors
+                                       are smaller
             end                        the teacher's ODE, solved from start to delta
         (f(z, delta) - end) / delta takes the place of D_G: it moves f(z, delta) to `end`. For small
         h and without ema_target it is (h / delta) D_G. Why h is long: only the solver follows the
@@ -786,7 +787,8 @@ WARMUP = 100  # steps in which the learning rate rises
 CLIP = 1.0  # largest norm of the gradient of a network
 LOG_INTERVAL = 50  # steps between lines of the log
 CHECKPOINT_INTERVAL = 500  # steps that are lost at most if a run is killed
-# Shown beside the progress bar, and as curves: {metric: title}. Its first word gives the colour.
+# Shown beside the progress bar, and as curves: {metric: title}. A title's first word gives the
+# colour of its curve.
 SHOWN = {"flow_matching": "teacher: flow matching loss",
          "prediction": "student: prediction residual² / d",
          "correction": "critic: ||v_N - u||² / d",
@@ -1104,7 +1106,7 @@ def plot_samples(samples, titles=None):
 
 
 def plot_filmstrip(teacher_path, student_path, lines=4):
-    """Pictures along the teacher's path, f(z, delta) under them, (steps, B, C, H, W): nine."""
+    """Nine pictures of the teacher's path, f(z, delta) under them. Paths: (steps, B, C, H, W)."""
     at = np.linspace(0, len(teacher_path) - 1, 9).round().astype(int)
     axes = Figure((9, 2 * lines), layout="constrained").subplots(2 * lines, 1)
     paths = {"teacher": teacher_path, "student": student_path}
@@ -1324,10 +1326,10 @@ def read_public(file, teacher_format="", num_heads=0):
         raise ValueError("give --teacher-format sit or repa")
     args = file.get("args", {})  # a Namespace or a dict
     settings = {**file, **getattr(args, "__dict__", args)}
-    own = {"sit": "velocity", "repa": "v"}[teacher_format], "linear"
-    trained = settings.get("prediction", own[0]), str(settings.get("path_type", own[1])).lower()
-    if trained != own:
-        raise ValueError(f"trained for {trained}, not {own}: give the right --teacher-format")
+    velocity = {"sit": "velocity", "repa": "v"}[teacher_format]  # its name in their settings
+    found = settings.get("prediction", velocity), settings.get("path_type", "linear")
+    if str(found).lower() != str((velocity, "linear")):
+        raise ValueError(f"trained for {found}, not {velocity}: give the right --teacher-format")
     outputs = "final_layer.linear.weight", "final_layer.linear.bias"
     if teacher_format == "sit":
         # SiT is called at 1 - t. As cos(w - wt) = cos w cos wt + sin w sin wt, and sin(w - wt) =
@@ -1399,10 +1401,6 @@ MAY_CHANGE = {
     "trust_teacher", "guidance", "learning_rate", "teacher_learning_rate", "critic_learning_rate",
     "device", "compile", "micro_batches", "activation_checkpointing", "eval_samples", "samples",
     "classes"}
-
-
-# Settings that --stage sample may give; any other one must be that of the run.
-OF_SAMPLES = {"stage", "out", "debug", "seed", "guidance", "device", "samples", "classes"}
 
 
 def claim_folder(config, held, **sources):
@@ -1486,7 +1484,7 @@ def run_training(given, device):
     if teacher is None or config.dataset == "toy2d":
         data = open_data(config)
         x, y = data.draw(64, generator(0))
-        if teacher and not data.place.items() <= teacher.settings.items():  # <=: contained in
+        if teacher and {**teacher.settings, **data.place} != teacher.settings:
             raise UserError(f"--toy {config.toy}: these are not this teacher's points", 2)
         total = (x.double().flatten(1).sum(1) * (y + 1)).sum()  # depends on the order of labels
         sources["data"] = f"of sum {total}, {len(data.labels)} rows, {data.place}"
@@ -1582,6 +1580,10 @@ def run_stage(kind, module, config, out, score=None):
     return state.ema, state.log
 
 
+# Settings that --stage sample may give; any other one must be that of the run.
+OF_SAMPLES = {"stage", "out", "debug", "seed", "guidance", "device", "samples", "classes"}
+
+
 def run_sampling(given, device):
     """Draw samples of the student in --out, or of the newest run of the data set: samples.png, and
     samples.npz in the layout of ADM's evaluation: arr_0 is uint8 pictures or latents (N, H, W, C),
@@ -1636,8 +1638,7 @@ def main(argv=None):
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             device = torch.zeros(1, device=name).device
         if WORLD > 1:  # gloo also beside NCCL: the flag of an interruption is exchanged on the CPU
-            backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
-            distributed.init_process_group(backend)
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
         run = run_sampling if given.get("stage") == "sample" else run_training
         run(given, device)
         return 0

@@ -553,7 +553,7 @@ def test_files_that_are_refused(tmp_path):
     for reason, wrong, form in [
         ("'noise'", {"ema": file, "args": argparse.Namespace(prediction="noise")}, "sit"),
         ("'noise'", {"ema": file, "args": {"prediction": "noise"}}, "sit"),
-        ("'vp'", {"ema": file, "path_type": "VP"}, "sit"),
+        ("'VP'", {"ema": file, "path_type": "VP"}, "sit"),
         ("right --teacher-format", {"ema": public_file(), "args": REPA}, "sit"),
         ("right --teacher-format", {"ema": public_file(), "args": SIT}, "repa"),
         ("right --teacher-format", {"ema": public_file(), "path_type": None}, "repa"),
