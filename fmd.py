@@ -44,6 +44,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -53,7 +54,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as nnf  # not F: that is the student's average velocity
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from matplotlib.animation import FuncAnimation
 from matplotlib.figure import Figure
 from torch import distributed, nn
@@ -642,8 +643,8 @@ class Config:
     recipe: str = option("", "algorithm: the paper's or ours", choices=["", "paper", "fast"])
     quick: bool = option(False, "a size for two cores and minutes; ignored for imagenet")
     stage: str = option("all", "what to do", choices=["all", "teacher", "sample"])
-    out: str = option("", "folder of the run; default: the next free one under runs/")
-    seed: int = option(0, "of everything random; with --stage sample, of the noises", 0, 2**62)
+    out: str = option("", "folder of the run; default: under runs/, named after the flags")
+    seed: int = option(0, "of everything random", 0, 2**62)
     debug: bool = option(False, "show where an error comes from")
     # data and teacher
     toy: str = option("checkerboard", f"{', '.join(TOYS)}, or POINTS.npy with N x 2 numbers")
@@ -694,6 +695,7 @@ class Config:
     eval_samples: int = option(4000, "samples of each set in SW2", 4)
     samples: int = option(4096, "with --stage sample: how many", 1)
     classes: str = option("", "with --stage sample: labels, such as 0,1,2")
+    sample_seed: int = option(0, "with --stage sample: of the noises", 0, 2**62)
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
@@ -1393,42 +1395,45 @@ def make_parser():
     return parser
 
 
-# Settings that may differ when a run continues. Of data, teacher and student the content is
-# compared, not the name; of a recipe, the settings that it gives. steps may not change, as learning
-# rates fall over all of them. For more steps start a new run from --teacher and --student.
-MAY_CHANGE = {
-    "recipe", "quick", "stage", "out", "debug", "data", "teacher", "teacher_format", "student",
-    "trust_teacher", "guidance", "learning_rate", "teacher_learning_rate", "critic_learning_rate",
-    "device", "compile", "micro_batches", "activation_checkpointing", "eval_samples", "samples",
-    "classes"}
+# Settings of the machine and of samples. They do not name a run's folder, and may change in a run.
+UNNAMED = {"stage", "out", "debug", "teacher_format", "trust_teacher", "guidance", "device",
+           "compile", "micro_batches", "activation_checkpointing", "eval_samples", "samples",
+           "sample_seed", "classes"}
+# These may change too. steps may not, as learning rates fall over all of them. For more steps start
+# a new run from --teacher and --student.
+MAY_CHANGE = UNNAMED | {"learning_rate", "teacher_learning_rate", "critic_learning_rate"}
 
 
-def claim_folder(config, held, **sources):
-    """Returns the folder of a run and writes its config.json, the settings that may not change.
-    It is --out, or the first of runs/toy2d, runs/toy2d-2, ... that is new or has the same settings.
-    held: an ExitStack, which gets the folder's lock. sources: sums of data and given networks.
-    Raises UserError if another run or another process has the folder."""
+def name_folder(given):
+    """The folder of a run: --out, or its data set and flags, as in runs/toy2d_seed=3_toy=moons."""
+    named = {name: v for name, v in sorted(given.items()) if name not in UNNAMED}
+    dataset = named.pop("dataset", "distilled" if "teacher" in named else Config.dataset)
+    name = "_".join([dataset, *(f"{name}={v}" for name, v in named.items())])
+    return Path(given.get("out") or "runs/" + re.sub(r"[^\w.=]", "-", name))
+
+
+def check_settings(folder, theirs, mine):
+    """Raises UserError if the run in a folder, with settings `theirs`, is not one with `mine`."""
+    theirs, mine = json.loads(json.dumps([theirs, mine]))  # tuples become lists
+    for name, v in mine.items():
+        if name not in MAY_CHANGE and theirs.get(name) != v:
+            raise UserError(f"{folder} has a run with {flag(name)} {theirs.get(name)}, not {v}: "
+                            "give the same settings, or another --out", 2)
+
+
+def claim_folder(folder, config, held, **sources):
+    """Write config.json, what decides the weights of a run, or compare it with the one there.
+    held: an ExitStack, which gets the folder's lock. sources: sums of data and given networks (not
+    their names are compared). Raises UserError if another run or process has the folder."""
     mine = {name: v for name, v in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
-    mine = json.loads(json.dumps({**mine, **sources}))  # as it comes back from the file
-    for i in itertools.count(1):
-        folder = Path(config.out or f"runs/{config.dataset}-{i}".removesuffix("-1"))
-        file = folder / "config.json"
-        lock = FileLock(folder / "lock", timeout=0)  # free again when its process dies
-        with explained(f"{folder} cannot be used: give another --out"):
-            folder.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(Timeout):
-                held.enter_context(lock)
-            theirs = dict(json.loads(file.read_text())) if file.exists() else {}
-        if lock.is_locked and theirs in ({}, mine):  # free, and new or ours
-            save(file, lambda part: part.write(json.dumps(mine, indent=1).encode()))
-            return folder
-        held.close()  # gives the lock back
-        if theirs == mine or (config.out and not theirs):  # in use
-            raise UserError(f"{folder} is in use by another process: wait, or give another --out")
-        if config.out:  # of another run; without --out the next name is tried
-            other = next(name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name))
-            raise UserError(f"--out {folder} holds a run with {flag(other)} {theirs.get(other)}, "
-                            f"not {mine.get(other)}: give another --out, or the same settings", 2)
+    mine |= sources
+    file = folder / "config.json"
+    with explained(f"{folder} is in use by another process, or cannot be used: give another --out"):
+        folder.mkdir(parents=True, exist_ok=True)
+        held.enter_context(FileLock(folder / "lock", timeout=0))  # free when its process dies
+        theirs = dict(json.loads(file.read_text())) if file.exists() else mine
+    check_settings(folder, theirs, mine)
+    save(file, lambda part: part.write(json.dumps(mine, indent=1).encode()))
 
 
 def new_network(data, config):
@@ -1474,6 +1479,7 @@ def open_teacher(given, device):
 
 def run_training(given, device):
     """Train a teacher, distill it, compare the two. What cannot work is refused before."""
+    out = name_folder(given)
     teacher = open_teacher(given, device) if given.get("teacher") else None
     config = make_config(**given)
     start = load_student(config.student, device).network if config.student else None
@@ -1504,10 +1510,10 @@ def run_training(given, device):
     if config.precision == "bfloat16":  # fast products also of what stays float32
         torch.set_float32_matmul_precision("high")
     with contextlib.ExitStack() as held:
-        out = [claim_folder(config, held, **sources) if RANK == 0 else None]
-        if WORLD > 1:
-            distributed.broadcast_object_list(out)
-        run_stages(network, start, data, config, out[0])
+        if RANK == 0:
+            claim_folder(out, config, held, **sources)
+        mean_over_processes(torch.zeros(1))  # wait for process 0
+        run_stages(network, start, data, config, out)
 
 
 def run_stages(teacher, start, data, config, out):
@@ -1580,30 +1586,17 @@ def run_stage(kind, module, config, out, score=None):
     return state.ema, state.log
 
 
-# Settings that --stage sample may give; any other one must be that of the run.
-OF_SAMPLES = {"stage", "out", "debug", "seed", "guidance", "device", "samples", "classes"}
-
-
 def run_sampling(given, device):
-    """Draw samples of the student in --out, or of the newest run of the data set: samples.png, and
-    samples.npz in the layout of ADM's evaluation: arr_0 is uint8 pictures or latents (N, H, W, C),
-    or points (N, 2); arr_1 is labels (N,). One evaluation a sample: process 0 computes them all."""
+    """Draw samples of the student in the folder of these flags: samples.png, and samples.npz in the
+    layout of ADM's evaluation: arr_0 is uint8 pictures or latents (N, H, W, C), or points (N, 2);
+    arr_1 is labels (N,). One evaluation a sample: process 0 computes them all."""
     if RANK > 0:
         return
-    dataset = given.get("dataset", "toy2d")
-    configs = [path for path in Path("runs").glob("*/config.json")
-               if f'"dataset": "{dataset}"' in path.read_text(errors="replace")]
-    students = filter(Path.exists, [path.with_name("student.pt") for path in configs])
-    newest = max(students, key=os.path.getmtime, default=Path("runs", dataset, "student.pt"))
-    out = Path(given.get("out", newest.parent))
+    out = name_folder(given)
     network, file = load_network(out / "student.pt", "student", device)
+    check_settings(out, file["config"], given)
     theirs = {k: v for k, v in file["config"].items() if hasattr(Config, k)}  # of any version
-    theirs = json.loads(json.dumps(theirs))  # with lists, as those of flags
-    for name, v in given.items():
-        if name not in OF_SAMPLES and v != theirs.get(name):
-            raise UserError(f"{flag(name)} {v}: {out} has {theirs.get(name)}: remove this flag, or "
-                            "give the --out of another run", 2)
-    config = Config(**{**theirs, "seed": 0, **given})
+    config = Config(**{**theirs, **given})
     N = config.samples
     y, strength = conditions(network, config, N)
     if config.classes:
@@ -1611,7 +1604,7 @@ def run_sampling(given, device):
             labels = [range(network.num_classes).index(int(v)) for v in config.classes.split(",")]
         y = torch.tensor(labels, device=y.device)[torch.arange(N) % len(labels)]
     y = y.expand(N)
-    z = draw_noise(network, N, generator(config.seed, SAMPLING))
+    z = draw_noise(network, N, generator(config.sample_seed, SAMPLING))
     x = in_batches(lambda z, y: jump(FlowMap(network), z, y, strength), z, y)
     rows = x.cpu().permute(0, 2, 3, 1)
     if config.dataset == "toy2d":

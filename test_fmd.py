@@ -20,7 +20,6 @@ from collections import OrderedDict
 from pathlib import Path
 
 import diffusers
-import filelock
 import nbformat
 import numpy as np
 import PIL.Image
@@ -928,22 +927,18 @@ def test_the_folder_is_the_run(finished, tmp_path, monkeypatch, capsys):
         assert flags[0] in line and "--out" in line
     run("--out", finished, *TINY, "--learning-rate", "0.1", "--micro-batches", "2")
     monkeypatch.chdir(tmp_path)
-    for flags in ([], ["--seed", "3"], []):
+    for flags in (["--seed", "3"], ["--seed", "3", "--device", "cpu"], ["--steps", "9"]):
         run(*TINY, *flags)
-    assert {p.name for p in Path("runs").iterdir()} == {"toy2d", "toy2d-2"}
-    lock = filelock.FileLock("runs/toy2d/lock", timeout=0)
-    with monkeypatch.context() as m:  # another run's folder stays free
-        m.setattr(fmd, "run_stages", lambda *_: lock.acquire())
-        run(*TINY, "--seed", "3")
-    lock.release()
-    run("--out", "runs/named", *TINY, "--seed", "4")
-    run(*TINY)  # measured again, but not newer
-    for name, text in ("digits", '{"dataset": "mnist"}'), ("other", '{"dataset": "toy2d"}'):
-        Path("runs", name).mkdir()
-        Path("runs", name, "config.json").write_text(text)
-    Path("runs/digits/student.pt").touch()
-    run("--stage", "sample", "--samples", 3)
-    assert Path("runs/named/samples.npz").exists()  # the newest student of toys
+    name = "toy2d_batch_size=16_depth=1_hidden_size=16_{}steps={}_teacher_steps=8"
+    names = {name.format("seed=3_", 8), name.format("", 9)}
+    assert {p.name for p in Path("runs").iterdir()} == names  # a name is that of the flags
+    run("--stage", "sample", *TINY, "--seed", "3", "--samples", 3)
+    assert Path("runs", name.format("seed=3_", 8), "samples.npz").exists()
+    assert fmd.name_folder({}) == Path("runs/toy2d")
+    given = {"teacher": "a b/ü.pt", "learning_rate": 1e-5, "guidance_interval": [0.0, 0.5]}
+    given |= {"guidance": 3.0, "compile": True}
+    assert fmd.name_folder(given) == Path(
+        "runs/distilled_guidance_interval=-0.0--0.5-_learning_rate=1e-05_teacher=a-b-ü.pt")
     # data of the same name with other contents, and another teacher
     np.save("p.npy", np.random.default_rng(0).normal(size=(50, 2)))
     run("--toy", "p.npy", "--out", "own", *TINY)
@@ -953,10 +948,10 @@ def test_the_folder_is_the_run(finished, tmp_path, monkeypatch, capsys):
     of_others = ["--teacher", "own/teacher.pt", "--out", "else"]
     assert "not this teacher's points" in run(*of_others, *few, status=2, capsys=capsys)
     Path("own/config.json").write_text("{")
-    assert "own cannot be used" in run("--out", "own", *TINY, status=1, capsys=capsys)
+    assert "own is in use by another" in run("--out", "own", *TINY, status=1, capsys=capsys)
     run("--teacher", finished / "teacher.pt", "--out", "given", *few)
     same(finished / "student.pt", "given/student.pt")
-    other = ["--teacher", "runs/toy2d-2/teacher.pt", "--out", "given"]
+    other = ["--teacher", f"runs/{name.format('seed=3_', 8)}/teacher.pt", "--out", "given"]
     assert "--teacher" in run(*other, *few, status=2, capsys=capsys)
     line = run("--teacher", finished / "teacher.pt", "--depth", "2", status=2, capsys=capsys)
     assert "--depth 2" in line
@@ -1108,23 +1103,21 @@ def test_the_sample_stage(finished, tmp_path, monkeypatch, capsys):
     student = fmd.load_student(finished / "student.pt")
     expected = fmd.jump(student, z, torch.tensor([3, 1] * 4)[:7]).flatten(1)
     np.testing.assert_allclose(found["arr_0"], expected, rtol=1e-5, atol=1e-6)
-    run(*flags, 7, "--seed", 5)
+    run(*flags, 7, "--sample-seed", 5)
     other = np.load(finished / "samples.npz")
     assert other["arr_1"].tolist() == [8] * 7 and np.abs(other["arr_0"] - found["arr_0"]).min() > 0
     assert "8 labels" in run(*flags, 7, "--classes", "-1", status=1, capsys=capsys)
     assert "--guidance" in run(*flags, 7, "--guidance", "3", status=2, capsys=capsys)
     assert "student" in run("--stage", "sample", "--out", "nowhere", status=1, capsys=capsys)
     for wrong in (["--toy", "moons"], ["--dataset", "mnist"], ["--guidance-max", "3"],
-                  ["--student", "s.pt"], ["--recipe", "paper"]):
+                  ["--student", "s.pt"], ["--recipe", "paper"], ["--seed", "1"]):
         line = run(*flags, 7, *wrong, status=2, capsys=capsys)  # not the settings of the run
-        assert " ".join(wrong) in line and str(finished) in line
-    monkeypatch.chdir(tmp_path)  # without --out: the newest run
-    for age, name in enumerate(["toy2d", "toy2d-3", "toy2d-2"]):
-        shutil.copytree(finished, Path("runs", name))
-        os.utime(Path("runs", name, "student.pt"), (age, age))
-        Path("runs", name, "samples.npz").unlink()
-    run("--stage", "sample", "--samples", 7)
-    assert [str(found.parent) for found in Path("runs").glob("*/samples.npz")] == ["runs/toy2d-2"]
+        assert wrong[0] in line and f"not {wrong[1]}" in line and str(finished) in line
+    monkeypatch.chdir(tmp_path)  # without --out: the folder that the flags name
+    shutil.copytree(finished, "runs/toy2d")
+    Path("runs/toy2d/samples.npz").unlink()
+    run("--stage", "sample", "--samples", 7, "--device", "cpu")
+    assert Path("runs/toy2d/samples.npz").exists()
 
 
 BAD_COMMANDS = [
@@ -1173,7 +1166,7 @@ def test_other_errors_are_one_line_and_debug_shows_where(tmp_path, monkeypatch, 
     with pytest.raises(SystemExit) as e:
         fmd.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for part in "ours (toys: fast) --quick", "student (toys: 1400)", "under runs/ --seed":
+    for part in "ours (toys: fast) --quick", "student (toys: 1400)", "after the flags --seed":
         assert e.value.code == 0 and part in text
     fields = dataclasses.fields(fmd.Config)
     assert len(fields) <= 55 and all(f.metadata["help"] for f in fields)
@@ -1222,7 +1215,8 @@ def test_digits_end_to_end(digits, tmp_path, monkeypatch, capsys):
     flags = [*TINY_PICTURES[:1], *TINY_PICTURES[9:11], *TINY_PICTURES[13:]]
     run("--teacher", out / "teacher.pt", "--out", tmp_path / "again", *flags)
     same(out / "student.pt", tmp_path / "again" / "student.pt")
-    flags = ["--stage", "sample", "--out", out, "--samples", "5", "--seed", "3", "--device", "cpu"]
+    flags = ["--stage", "sample", "--out", out, "--samples", "5", "--sample-seed", "3"]
+    flags += ["--device", "cpu"]
     run(*flags, "--classes", "7,2", "--guidance", "4")
     found = np.load(out / "samples.npz")
     assert found["arr_0"].shape == (5, 28, 28, 1) and found["arr_0"].dtype == np.uint8
@@ -1378,7 +1372,8 @@ def test_a_public_teacher_is_distilled_without_data_and_sampled(
     assert "sit.pt: sit, {" in capsys.readouterr().out
     config = json.loads((out / "metrics.json").read_text())["config"]
     assert config["dataset"] == "imagenet" and config["prediction"] == "jvp"
-    flags = ["--stage", "sample", "--out", out, "--samples", "10", "--seed", "3", "--device", "cpu"]
+    flags = ["--stage", "sample", "--out", out, "--samples", "10", "--sample-seed", "3"]
+    flags += ["--device", "cpu"]
     run(*flags)
     found = np.load(out / "samples.npz")
     assert found["arr_1"].tolist() == [*range(10)]
