@@ -13,12 +13,12 @@ Notation, everywhere in this file
     u(x_t, t)      the teacher's velocity, trained to be E[x - n | x_t]; dx/dt = -u
     delta = 1 - t  the progress of a path: sampling solves dx/ddelta = u(x, 1 - delta)
     phi(z, delta)  the state that the teacher's path from the noise z reaches at delta
-    f(z, delta)    the student's phi, f = z + delta F(z, delta). f(z, 1) is its one-step sample
-    dF/ddelta      the partial derivative: z is fixed
-    v_G, D_G       v_G = df/ddelta, the velocity of the student's map (G: generating, predicting)
+    F(z, delta)    the student's network: the average velocity of a jump that replaces this path
+    f(z, delta)    where the jump ends, f = z + delta F, the student's phi. f(z, 1) is a sample
+    v_G, D_G       predict (G: generating): v_G = df/ddelta, a partial derivative: z is fixed.
                    D_G = v_G - u(f, 1 - delta)
-    v_N, D_N       v_N = E[x - n | x_r] for the student's samples x, noised to x_r (N: noising,
-                   correcting); a critic learns it. D_N = v_N - u(x_r, r)
+    v_N, D_N       correct (N: noising): v_N = E[x - n | x_r] for the student's samples x, noised
+                   to x_r; a critic learns it. D_N = v_N - u(x_r, r)
     y, guidance    the label, and gamma, the strength of guidance
     sg             stop-gradient: held constant
 Shapes: x, z, n are images (B, C, H, W) of d = C H W values; a point of the plane is 2 x 1 x 1.
@@ -26,7 +26,7 @@ Shapes: x, z, n are images (B, C, H, W) of d = C H W values; a point of the plan
     The label num_classes is the null label, "any class". y=None is the same.
 The paper's equations, with theta the student's weights
     [7] v_G = u(f, 1 - delta)                     [8] the loss 1/2 E||F - sg(F - D_G)||^2
-    [9] its gradient, E[(dF/dtheta)^T D_G]        [10] KL(student's x_r || teacher's x_r), all r
+    [9] its gradient, E[(dF/dtheta)^T D_G]        [10] KL(student's x_r || teacher's x_r) for all r
     [11] its gradient, E[(dF/dtheta)^T D_N], up to a weight for each r
 
 Commands to paste; the same command continues a run that was interrupted
@@ -68,7 +68,7 @@ from tqdm import tqdm
 # two losses: prediction compares v_G with u, correction compares v_N with u.
 # Why from noise alone: a guided or imperfect teacher passes through states that noised data rarely
 # reach (the teacher-data mismatch), so a student that trains on noised data, as in MeanFlow (arXiv
-# 2505.13447), hardly learns them. At t = 1 both are the same for every teacher: N(0, I).
+# 2505.13447), hardly learns them. Only at t = 1 every teacher's states are known: they are N(0, I).
 
 
 def expand(v):
@@ -84,8 +84,8 @@ def interpolate(x, n, t):
 class FlowMap:
     """The student: a network read as F, the average velocity from t = 1 to t = 1 - delta.
 
-    Why it starts with the teacher's weights: at delta = 0 the average is the velocity itself,
-    F(z, 0) = u(z, 1). This is what the teacher's network returns there (without guidance).
+    Why it starts with the teacher's weights: over a jump of length 0 the average velocity is
+    u(z, 1), and F(z, 0) of the teacher's network is just that (without guidance).
     """
 
     def __init__(self, network):
@@ -93,7 +93,7 @@ class FlowMap:
 
     def F(self, z, delta, y=None, guidance=None):
         """F(z, delta), (B, C, H, W). delta: (B,) or (1,) in [0, 1]. The network's input is always
-        the noise z; its time only tells how far to jump."""
+        the noise z; its time, 1 - delta, tells where the jump ends."""
         return self.network(z, 1 - delta, y, guidance)
 
     def f(self, z, delta, y=None, guidance=None):
@@ -106,8 +106,8 @@ METHODS = {"euler": 1, "heun": 2, "rk4": 4}  # evaluations of u in a step
 
 @torch.no_grad()
 def solve_ode(u, z, steps, method="heun", y=None, return_path=False, t=1.0, length=1.0):
-    """Solve dx/ddelta = u(x, 1 - delta) from x = z, in `steps` equal steps, from time t to
-    t - length (numbers or (B,)). The default is from noise, t = 1, to the sample phi(z, 1).
+    """Solve dx/ddelta = u(x, 1 - delta) from x = z, in `steps` equal steps, from time t down to
+    t - length, each a number or (B,). The default is from noise, t = 1, to the sample phi(z, 1).
     Returns the last state (B, C, H, W), or with return_path all steps + 1 states, stacked.
     Raises ValueError for no steps, or a method that is not in METHODS."""
     if steps < 1 or method not in METHODS:
@@ -154,7 +154,7 @@ def mean_square(D):
     return D.flatten(1).square().mean(1)
 
 
-@torch.no_grad()  # sg, see "Why D_G is held constant". jvp does not need autograd's graph.
+@torch.no_grad()  # sg: D_G is a constant
 def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp", spacing=0.005,
                         F=None):
     """Predict: D_G = v_G - u(f, 1 - delta) of [9], (B, C, H, W), with v_G = F + delta dF/ddelta.
@@ -164,12 +164,11 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     mode, exact) or "difference" (of F at delta + spacing and delta - spacing, one-sided at the
     ends). Raises ValueError for another form.
 
-    Why a small D_G can leave a large error: u is evaluated at f, not at phi, so errors compound.
-    The error e = f - phi has de/ddelta = D_G + (u(f) - u(phi)). The field enlarges it at the rate
-    L = <e, u(f) - u(phi)> / ||e||^2, and Gronwall's inequality gives
+    Why a small D_G can leave a large error: u is evaluated at f, not at phi. So the error e = f -
+    phi has de/ddelta = D_G + (u(f) - u(phi)): D_G adds new error, and the field stretches or
+    shrinks the old at the rate L = <e, u(f) - u(phi)> / ||e||^2. L > 0 where paths part, between
+    modes; inside of a narrow mode mostly L < 0. As d||e||/ddelta <= ||D_G|| + L ||e||,
         ||e|| at delta = 1 <= integral over delta of ||D_G|| exp(integral of L from delta to 1).
-    Where paths part, between modes, L > 0: a small early D_G can become a large error. Inside of a
-    narrow mode paths come together, and L is mostly below 0.
     """
     if F is None:
         F = student.F(z, delta, y, guidance)
@@ -199,21 +198,18 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
 
 @torch.no_grad()  # sg: D_N is constant too
 def correction_gradient(v_N, u, x_r, r, y=None):
-    """Correct: D_N = v_N - u(x_r, r) of [11], a constant (B, C, H, W). D_G judges one place of a
+    """Correct: D_N = v_N - u(x_r, r) of [11], a constant (B, C, H, W). D_G checks one point of a
     path. D_N compares the student's samples, as a set, with the teacher's.
 
-    Why the loss F(z, 1) . D_N descends KL(student's x_r || teacher's x_r) for each r, with s and
-    s_u the scores (gradients of log p) of the two:
-    1. The gradient of the KL is E[(dx_r/dtheta)^T (s - s_u)]. (The student's log p changes with
-       theta too, but E[dlog p/dtheta] = 0.) From x = z + F(z, 1), dx_r/dtheta = (1 - r) dF/dtheta.
-    2. Given x, x_r is Gaussian around (1 - r) x with deviation r. So s = -E[n | x_r] / r (Tweedie).
-       As n = x_r - (1 - r) (x - n), s = ((1 - r) v_N - x_r) / r. s_u is the same with u. So
-       s - s_u = (1 - r) / r D_N.
-    Together: E[(1 - r)^2 / r (dF/dtheta)^T D_N]. Like [11], the loss leaves out the factor
-    (1 - r)^2 / r. It is positive: without it only the weights of the noise levels r change.
+    Why the loss F(z, 1) . D_N lowers the KL of [10], with s and s_u the scores (gradients of log p)
+    of the student's x_r and of the teacher's:
+    1. Its gradient is E[(dx_r/dtheta)^T (s - s_u)], with dx_r/dtheta = (1 - r) dF/dtheta.
+    2. Tweedie's formula: s = -E[n | x_r] / r. As n = x_r - (1 - r) (x - n), E[n | x_r] is
+       x_r - (1 - r) v_N. s_u is the same with u. So s - s_u = (1 - r) / r D_N.
+    The factors, together (1 - r)^2 / r > 0, are left out as in [11]: they only weight the r.
 
-    Why D_N need not be zero for a perfect student: step 2 needs u = E[x - n | x_r], x the samples
-    of u's own ODE. A learned u is only near this mean, a guided one is no such mean.
+    Why D_N need not be zero for a perfect student: s_u needs u = E[x - n | x_r], x the samples of
+    u's own ODE. A learned u is only near this mean, a guided u is another function.
     """
     return v_N - u(x_r, r, y)  # D_N of [11]
 
@@ -224,12 +220,12 @@ EPS = 1e-3  # of decay and lambda; the paper's value is not known to us
 def decay(D, k):
     """D / (||D||^2 / d + eps)^k of each sample. (MeanFlow does not divide by d: its eps differs.)
 
-    What k does: a sample pulls with ||D||^(1 - 2k). At k = 0 large residuals dominate, at 1/2 all
-    samples pull equally, at 1 large residuals pull less. (Far below eps the divisor is constant.)
+    What k does: a residual of size m gets the size m^(1 - 2k). At k = 0 large ones dominate the
+    gradient, at 1/2 all samples count equally, at 1 large ones count less. (If m^2 is far below
+    eps, the divisor is constant.)
     Why decay: the paper's FID (DiT-B/2) is about 12 for each k without correction, with correction
     43.5 for k = 0, 10.6 for 1/2 and 5.6 for 1. Our guess: the two losses disagree most where
-    residuals are large, and once ||D_G||^2 / d is below 1 a larger k weakens the correction beside
-    the prediction (see balance).
+    residuals are large.
     """
     return D / expand((mean_square(D) + EPS) ** k)
 
@@ -239,37 +235,32 @@ class Distiller(nn.Module):
     (train and TrainState.update, section 6, change the weights.)
 
     network: a velocity network, read as the student's F. critic: another, which learns v_N. It too
-    starts as a copy of the teacher, since v_N comes nearer to u as the student learns. teacher:
-    u(x, t, y), never changed. config: a Config.
+    starts as a copy of the teacher: once the student has learned, v_N is near u. teacher:
+    u(x, t, y), never changed. config: a Config (section 5), with prediction jvp or difference.
 
     Why the correction has its own guidance interval: the paper guides the correction's u only for r
     up to 0.7, about half of all r, and has FID 5.6 (DiT-B/2), with [0, 1] 8.7. Our guess: as D_N is
-    not zero for a perfect student, a guided u pulls to more guidance and an unguided one to less
-    (measured on digits), and the two pulls cancel in part.
+    not zero for a perfect student, a guided u makes samples too strongly guided and an unguided u
+    too weakly (measured on digits). Each for a part of the r balances the two.
     """
 
     def __init__(self, network, critic, teacher, config):
         super().__init__()
         self.network, self.critic, self.teacher = network, critic, teacher
         self.config = config
-        self.ema_student = None  # set by train for ema_target: a FlowMap of averaged weights
 
-    def forward(self, z_G, y_G, delta, z_N, y_N, r, n, guidance_G=None, guidance_N=None, h=None):
-        """Rows _G (generating) predict, rows _N (noising) correct. n: noise, h: of the form solver.
-        Returns loss and metrics."""
+    def forward(self, z_G, y_G, delta, z_N, y_N, r, n, guidance_G=None, guidance_N=None, **more):
+        """Rows _G (generating) predict, rows _N (noising) correct; n is noise. draw makes them.
+        more: of SolverDistiller. Returns loss and metrics."""
         config, student = self.config, FlowMap(self.network)
         loss, metrics, D_G = 0.0, {}, None
         if len(z_G):  # Predict
             u = guided(self.teacher, guidance_G, config.guidance_interval)
             F = student.F(z_G, delta, y_G, guidance_G)
-            if config.prediction == "solver":  # ours, in recipe fast. At first skip this branch
-                D_G = self.solver_gradient(u, F, z_G, delta, h, y_G, guidance_G)
-            else:
-                D_G = prediction_gradient(student, u, z_G, delta, y_G, guidance_G,
-                                          config.prediction, F=F)
+            D_G = self.residual(student, u, F, z_G, delta, y_G, guidance_G, **more)
             metrics["prediction"] = mean_square(D_G).mean()
             # Why F * sg(D): its gradient is that of [8], (dF/dtheta)^T D, up to 1/d, and D can be
-            # decayed first. Its value, of either sign, means nothing: watch ||D_G||^2.
+            # decayed first. Its value means nothing: watch ||D_G||^2.
             loss = (F * decay(D_G, config.decay)).mean()  # its gradient is [9], decayed
         if len(z_N):  # Correct, at delta = 1: the paper found no gain at other delta
             u = guided(self.teacher, guidance_N, config.correction_interval)
@@ -293,15 +284,19 @@ class Distiller(nn.Module):
                         "lambda": lambda_}
         return loss, metrics
 
+    def residual(self, student, u, F, z, delta, y, guidance):
+        """D_G, (B, C, H, W). F is computed before, as the loss needs its graph; D_G has none."""
+        form = self.config.prediction
+        return prediction_gradient(student, u, z, delta, y, guidance, form, F=F)
+
     def balance(self, D_G, D_N):
         """lambda = alpha E||D_G|| / (E||D_N|| + eps), the weight of the correction; alpha if there
         is no D_G. (Both norms are divided by sqrt(d), so that eps fits all d.)
 
-        Why lambda: both norms change in training. lambda gives D_N alpha times the size of D_G, so
-        the correction fades as D_G does. It takes D_G before its decay (our choice). Decayed, D_G
-        has the size ||D_G||^(1 - 2k): when D_G falls, this stays at k = 1/2 and grows at k = 1. So
-        the correction is alpha (||D_G||^2 / d + eps)^k times as large as the decayed prediction.
-        The price: a small D_N is mostly the critic's error, and lambda enlarges it.
+        Why lambda: both norms change in training. lambda D_N is alpha times as large as D_G (if not
+        near eps), so the correction fades as D_G does. We take D_G before its decay. After it, of
+        size ||D_G||^(1 - 2k), the correction would not fade at k = 1/2, and would grow at k = 1.
+        The price: lambda is large when D_N is small, and then D_N is mostly error of the critic.
         """
         if D_G is None:
             return torch.tensor(self.config.alpha, device=D_N.device)
@@ -325,36 +320,44 @@ class Distiller(nn.Module):
             if config.is_guided:
                 strength = torch.rand(count, generator=g)
                 batch[f"guidance_{side}"] = 1 + (config.guidance_max - 1) * strength
-        # Uniform in (0, 1], since [7] at one delta fixes only a slope. Stratified for less
-        # variance: one row in each of `predict` equal parts. (Form solver fits f itself: recipe
-        # fast has delta = min(1, 2 uniform), so half of its rows fit the sample f(z, 1).)
+        # All of (0, 1], since [7] at one delta only tells how f changes there, not where it is.
+        # Stratified for less variance: one row in each of `predict` equal parts, from 1 downwards.
         uniform = 1 - (torch.arange(predict) + torch.rand(predict, generator=g)) / predict
-        batch["delta"] = (config.delta_scale * uniform).clamp(1e-3, 1)  # solver divides by delta
-        if config.prediction == "solver":
-            h = config.solver_interval * (1 + torch.rand(predict, generator=g)) / 2  # 0.3 to 0.6
-            batch["h"] = torch.minimum(h, batch["delta"])  # h = delta: the row starts at z
+        batch["delta"] = (config.delta_scale * uniform).clamp(1e-3, 1)  # form solver divides by it
         batch["r"] = torch.sigmoid(config.r_location + torch.randn(correct, generator=g))
         batch["n"] = torch.randn(correct, *shape, generator=g)
         return batch
 
+
+class SolverDistiller(Distiller):
+    """The form solver, ours, of recipe fast. Skip it at first. It evaluates u more often, but needs
+    no dF/ddelta, which is less exact than F, as training fits F only:
+        start = f(z, delta - h)    a jump; with ema_target by the averaged weights, whose errors
+                                   are smaller
+        end                        where the teacher's ODE leads from start, by the solver
+    (f(z, delta) - end) / delta takes the place of D_G, also in lambda: it moves f(z, delta) to
+    `end`. For small h and without ema_target it is (h / delta) D_G. Why h is long: only the solver
+    follows the teacher, and `end` keeps the errors of `start`. As the target is a place, not a
+    slope, f(z, 1) can be trained itself: recipe fast has delta = 1 in half of these rows.
+    """
+
+    ema_student = None  # set by train for ema_target: a FlowMap of averaged weights
+
+    def draw(self, step):
+        batch = super().draw(step)
+        g = generator(self.config.seed, STUDENT, step, 1)  # other numbers than those of super
+        h = self.config.solver_interval * (1 + torch.rand(len(batch["delta"]), generator=g)) / 2
+        return {**batch, "h": torch.minimum(h, batch["delta"])}  # h = delta: from z on
+
     @torch.no_grad()
-    def solver_gradient(self, u, F, z, delta, h, y, guidance):
-        """The form solver, ours. It evaluates u more often, but needs no dF/ddelta, which is less
-        exact than F: training fits F only.
-            start = f(z, delta - h)    a jump; with ema_target by the averaged weights, whose errors
-                                       are smaller
-            end                        the teacher's ODE, solved from start to delta
-        (f(z, delta) - end) / delta takes the place of D_G: it moves f(z, delta) to `end`. For small
-        h and without ema_target it is (h / delta) D_G. Why h is long: only the solver follows the
-        teacher, and `end` keeps the errors of `start`.
-        """
-        start = (self.ema_student or FlowMap(self.network)).f(z, delta - h, y, guidance)
+    def residual(self, student, u, F, z, delta, y, guidance, h):
+        start = (self.ema_student or student).f(z, delta - h, y, guidance)
         end = solve_ode(u, start, self.config.solver_steps, "rk4", y, t=1 - delta + h, length=h)
         return F - (end - z) / expand(delta)  # (f - end) / delta
 
 
 # 2. Teachers -------------------------------------------------------------------------------------
-# Toys are Gaussian mixtures, with an exact velocity. Flow matching is for any data.
+# Flow matching trains a teacher of any data. Toys are Gaussian mixtures and also have an exact one.
 
 
 class GaussianMixture(nn.Module):
@@ -375,7 +378,8 @@ class GaussianMixture(nn.Module):
         """The exact u(x, t | y), (B, d, 1, 1). x_t is a mixture too, with means (1 - t) mu_k and
         variance (1 - t)^2 blur^2 + t^2. Given its component k, x - n and x_t are jointly Gaussian
         with means mu_k and (1 - t) mu_k. So E[x - n | x_t] is mu_k + slope (x_t - (1 - t) mu_k),
-        with slope = Cov(x - n, x_t) / Var(x_t), and E[mu_k | x_t] is all that is needed."""
+        with slope = Cov(x - n, x_t) / Var(x_t). As this is linear in mu_k, its mean over k has
+        E[mu_k | x_t] in place of mu_k."""
         x_t = x.flatten(1)
         t = t[:, None]
         variance = (1 - t) ** 2 * self.blur**2 + t**2
@@ -397,7 +401,7 @@ class GaussianMixture(nn.Module):
 
     def coverage(self, x):
         """For points (N, d, 1, 1): the share outside, farther than 3.5 blurs from every component;
-        and the smallest ratio of points inside to points expected, over all labels."""
+        and, of the label where this is smallest, points inside divided by points expected."""
         distance, nearest = torch.cdist(x.flatten(1), self.means).min(1)
         is_inside = distance <= 3.5 * self.blur
         expected = self.labels.bincount() * len(x) / len(self.labels)  # of each label
@@ -432,8 +436,8 @@ class FlowMatching(nn.Module):
 
 
 class Embedder(nn.Module):
-    """A number per sample, (B,) -> (B, E): cosines and sines, then a small MLP. DiT's t runs from 0
-    to 999. Here it is 0 to 1, as in SiT: with faster waves dF/ddelta has larger errors."""
+    """A number per sample, (B,) -> (B, E): cosines and sines, then a small MLP. t is in [0, 1], as
+    in SiT. (DiT's runs to 999. With waves as fast as that dF/ddelta would have larger errors.)"""
 
     def __init__(self, E):
         super().__init__()
@@ -485,13 +489,14 @@ class Block(nn.Module):
 
 class DiT(nn.Module):
     """u(x, t | y), and with guidance=True u(x, t | y, gamma). fourier: sines and cosines of x, with
-    which a small network draws the sharp edges of a toy. center, scale: see GaussianMixture."""
+    which a small network draws the sharp edges of a toy. center, scale: not used here, but kept to
+    map samples back to the user's coordinates (GaussianMixture, to_view)."""
 
     def __init__(self, input_size=1, in_channels=2, num_classes=8, hidden_size=64, depth=3,
                  num_heads=1, patch_size=1, qk_norm=False, guidance=False, fourier=False,
                  center=0.0, scale=1.0):
         super().__init__()
-        # The arguments, for checkpoints. (super() adds __class__.)
+        # The arguments, for checkpoints. (super() makes __class__ a local name.)
         self.settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         E, p, C = hidden_size, patch_size, in_channels
         self.shape, self.num_classes = (C, input_size, input_size), num_classes
@@ -688,7 +693,7 @@ class Config:
     # machine
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
     precision: str = option("float32", "of training", choices=["float32", "bfloat16"])
-    micro_batches: int = option(1, "parts of a step, one after the other, to save memory", 1)
+    micro_batches: int = option(1, "parts of a step, to save memory; each has its own lambda", 1)
     activation_checkpointing: bool = option(False, "recompute activations to save memory")
     compile: bool = option(False, "torch.compile the networks")
     # results
@@ -716,6 +721,8 @@ class Config:
             raise UserError("--stage teacher trains one: remove --teacher and --student", 2)
         if self.hidden_size % (4 * self.num_heads):
             raise UserError("--hidden-size: give a multiple of 4 x --num-heads", 2)
+        # A difference of two near values of F has few correct digits in bfloat16, and so has
+        # the exact velocity.
         if self.precision == "bfloat16" and (self.prediction == "difference" or self.exact_teacher):
             raise UserError("--prediction difference, --exact-teacher: give --precision float32", 2)
         if self.guidance > self.guidance_max:
@@ -754,9 +761,9 @@ PRESETS = {
                  "teacher_learning_rate": 1e-4, "guidance_max": 3.0, "guidance": 1.4,
                  "ema_decay": 0.9999, "eval_samples": 2000},
 }
-# paper: adds nothing. The defaults of Config are the paper's prediction (jvp or difference), decay,
-# correction_share, r_location and alpha (0.3 to 3), PICTURES has its correction_interval. All other
-# values are ours. fast: ours, measured on small models.
+# The recipe paper is the defaults of Config. Of these, prediction (jvp or difference), decay, alpha
+# (0.3 to 3), correction_share and r_location are the paper's, and in PICTURES correction_interval.
+# All other values are ours. The recipe fast is ours, measured on small models.
 RECIPES = {"paper": {},
            "fast": {"prediction": "solver", "decay": 0.5, "alpha": 0.3, "delta_scale": 2.0,
                     "ema_target": True, "correction_share": 0.125}}
@@ -803,7 +810,8 @@ TEACHER, STUDENT, WEIGHTS, EVALUATION, SAMPLING = range(5)  # streams of random 
 def generator(*key):
     """A random generator that depends only on the integers in `key`: seed, stream, step. So an
     interrupted run continues with the same numbers. And all processes draw the same batch and take
-    their own rows of it: the number of processes changes results by rounding only."""
+    their own rows of it, and loss, gradients and lambda's norms are means over processes: how many
+    there are changes results by rounding only."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
@@ -825,7 +833,8 @@ def make_distiller(teacher, config, exact=None, start=None):
     velocity to learn instead of the teacher's. start: a network to start the student from."""
     network = DiT.from_teacher(start or teacher, config.is_guided)
     critic = DiT.from_teacher(teacher, config.is_guided) if config.corrections else None
-    return Distiller(network, critic, exact or teacher, config).to(device_of(teacher))
+    kind = SolverDistiller if config.prediction == "solver" else Distiller
+    return kind(network, critic, exact or teacher, config).to(device_of(teacher))
 
 
 class TrainState:
@@ -917,15 +926,15 @@ def train(module, config, state=None):
             part = {name: v[rows].to(device) for name, v in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16"):
                 loss, metrics = parallel(**part)
-            # DDP averages the sums over processes. Earlier parts, already averaged, stay the same.
+            # backward lets DDP average .grad. What earlier parts left there is equal already.
             (loss / count).backward()
             values.append(torch.stack([loss, *metrics.values()]).detach())
         loss, *means = mean_over_processes(torch.stack(values).mean(0))
         skipped = 0 if state.update(loss, config) else skipped + 1
         if skipped == 10:
             raise UserError(f"step {state.step}: ten consecutive steps are not finite: lower the "
-                            "learning rate and run again, to continue from the last checkpoint")
-        metrics = {**dict(zip(metrics, means)), "skipped": torch.tensor(float(skipped > 0))}
+                            "learning rate, and give this run's --out to keep its checkpoints")
+        metrics = dict(zip(metrics, means), skipped=torch.tensor(float(skipped > 0)))
         yield state.step, metrics, state
 
 
@@ -979,8 +988,8 @@ def relative_error(found, truth, reference=None):
     reference if there is one, otherwise the truth."""
     if reference is None:
         reference = truth
-    spread = (reference - reference.mean(0)).square().mean()
-    return ((found - truth).square().mean() / spread).sqrt().item()
+    variance = (reference - reference.mean(0)).square().mean()
+    return ((found - truth).square().mean() / variance).sqrt().item()
 
 
 def sliced_w2(a, b, count=128):
@@ -997,15 +1006,16 @@ def conditions(network, config, N):
     null label (1,) if most of an unguided training had it. Strength: (1,), None without guidance.
     """
     y = torch.arange(N, device=device_of(network)) % max(1, network.num_classes)
-    if config.label_dropout > 0.5 and not config.is_guided:
+    if config.is_guided:
+        return y, torch.tensor([config.guidance], device=y.device)
+    if config.label_dropout > 0.5:
         y = torch.full_like(y[:1], network.num_classes)
-    strength = torch.full((1,), config.guidance, device=y.device)
-    return y, strength if config.is_guided else None
+    return y, None
 
 
 def endpoint_score(teacher, network, config):
-    """Returns score(learned), the endpoint error of a student with this network. Its noises and the
-    ends of the teacher's paths are computed here, once."""
+    """Returns score(learned), the endpoint error of a student, for the log. Its noises and the ends
+    of the teacher's paths are computed here, once. network: any of the student's sizes."""
     N = max(64, 2000 // math.prod(network.shape))
     y, strength = conditions(network, config, N)
     u = guided(teacher, strength, config.guidance_interval)
@@ -1019,8 +1029,8 @@ def evaluate(student, teacher, data, config, out, log):
     Endpoint error: from the student's sample to the end of the teacher's path from the same noise.
     SW2: from the student's samples to the teacher's from other noises, divided by its floor, the
     SW2 of two such sets of the teacher. "SW2 to data" is divided by the SW2 of two sets of data.
-    (All labels are sampled equally often: if classes of the data have unequal sizes, this adds to
-    the distance.)
+    (With labels, all are sampled equally often: if classes of the data have unequal sizes, this
+    adds to the distance.)
     """
     N, network = config.eval_samples, student.network
     y, strength = conditions(network, config, N)
@@ -1055,7 +1065,7 @@ def evaluate(student, teacher, data, config, out, log):
 
 # 8. Pictures -------------------------------------------------------------------------------------
 # Each thing has the same colour everywhere. Functions return a Figure, which a notebook shows after
-# %matplotlib inline. They do without pyplot: the settings of a session stay as they are.
+# %matplotlib inline. (Without pyplot, which would change the settings of a session.)
 
 COLORS = {"data": "#4d4d4d", "teacher": "#2166ac", "student": "#e08214", "critic": "#7b3294"}
 
@@ -1150,8 +1160,9 @@ def plot_losses(log):
     """The teacher's loss, the student's residuals and endpoint error, from the lines of a log."""
     figure = Figure((16, 3.6), layout="constrained")
     for axis, (name, title) in zip(figure.subplots(1, len(SHOWN)), SHOWN.items()):
-        points = [(line["step"], line[name]) for line in log if name in line]
-        axis.plot(*np.array(points).reshape(-1, 2).T, color=COLORS[title.split(":")[0]])
+        lines = [line for line in log if name in line]
+        steps = [line["step"] for line in lines]
+        axis.plot(steps, [line[name] for line in lines], color=COLORS[title.split(":")[0]])
         scale = "linear" if name == "flow_matching" else "log"  # a loss whose minimum is not 0
         axis.set(title=title, xlabel="step", yscale=scale)
     return figure
@@ -1307,8 +1318,8 @@ def flatten(nested, prefix=""):
 
 
 def find_tensors(file):
-    """Returns (prefix, tensors) of the network in a file. Tensors lie in dicts of a script, and DDP
-    and others add to their names, as in "ema.module.": the prefix is all that leads to FIRST. Of
+    """Returns (prefix, tensors) of the network in a file. Training scripts put it in dicts, DDP and
+    others put words before the names: the prefix is all before FIRST, such as "ema.module.". Of
     several networks the averaged one is taken. Raises ValueError if there is not exactly one."""
     flat = flatten(file)
     prefixes = [name.removesuffix(FIRST) for name in flat if name.endswith(FIRST)]
@@ -1329,9 +1340,9 @@ def read_public(file, teacher_format="", num_heads=0):
     args = file.get("args", {})  # a Namespace or a dict
     settings = {**file, **getattr(args, "__dict__", args)}
     velocity = {"sit": "velocity", "repa": "v"}[teacher_format]  # its name in their settings
-    found = settings.get("prediction", velocity), settings.get("path_type", "linear")
-    if str(found).lower() != str((velocity, "linear")):
-        raise ValueError(f"trained for {found}, not {velocity}: give the right --teacher-format")
+    found = f"{settings.get('prediction', velocity)}, {settings.get('path_type', 'linear')}".lower()
+    if found != f"{velocity}, linear":
+        raise ValueError(f"trained for {found}, not {velocity}, linear: is --teacher-format right?")
     outputs = "final_layer.linear.weight", "final_layer.linear.bias"
     if teacher_format == "sit":
         # SiT is called at 1 - t. As cos(w - wt) = cos w cos wt + sin w sin wt, and sin(w - wt) =
@@ -1345,12 +1356,10 @@ def read_public(file, teacher_format="", num_heads=0):
             tensors[name] = tensors[name].unflatten(0, (p * p, -1))[:, :C].flatten(0, 1)
     else:
         encoder = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
-        for name in list(tensors):
-            if name.startswith("projectors."):  # for REPA's training only
-                del tensors[name]
-            elif name.startswith("decoder_blocks."):  # older files: the blocks after the encoder's
-                _, i, rest = name.split(".", 2)
-                tensors[f"blocks.{encoder + int(i)}.{rest}"] = tensors.pop(name)
+        tensors = {k: v for k, v in tensors.items() if not k.startswith("projectors.")}  # unused
+        for name in [k for k in tensors if k.startswith("decoder_blocks.")]:
+            _, i, rest = name.split(".", 2)  # older files: the blocks after the encoder's
+            tensors[f"blocks.{encoder + int(i)}.{rest}"] = tensors.pop(name)
         for name in outputs:
             tensors[name] = -tensors[name]
     table = tensors["y_embedder.embedding_table.weight"]
@@ -1395,44 +1404,47 @@ def make_parser():
     return parser
 
 
-# Settings of the machine and of samples. They do not name a run's folder, and may change in a run.
+# Settings of the machine and of samples: they do not name a run's folder, and may change in a run.
 UNNAMED = {"stage", "out", "debug", "teacher_format", "trust_teacher", "guidance", "device",
            "compile", "micro_batches", "activation_checkpointing", "eval_samples", "samples",
            "sample_seed", "classes"}
-# These may change too. steps may not, as learning rates fall over all of them. For more steps start
-# a new run from --teacher and --student.
-MAY_CHANGE = UNNAMED | {"learning_rate", "teacher_learning_rate", "critic_learning_rate"}
+# With --out these may change too: learning rates, to go on after steps that are not finite; and a
+# recipe, of which the single settings are compared. steps may not, as learning rates fall over all
+# of them: for more, start a new run from --teacher and --student.
+MAY_CHANGE = UNNAMED | {"learning_rate", "teacher_learning_rate", "critic_learning_rate",
+                        "recipe", "quick"}
 
 
 def name_folder(given):
     """The folder of a run: --out, or its data set and flags, as in runs/toy2d_seed=3_toy=moons."""
-    named = {name: v for name, v in sorted(given.items()) if name not in UNNAMED}
+    named = {name: v for name, v in sorted(given.items()) if name not in UNNAMED and v != ""}
     dataset = named.pop("dataset", "distilled" if "teacher" in named else Config.dataset)
     name = "_".join([dataset, *(f"{name}={v}" for name, v in named.items())])
-    return Path(given.get("out") or "runs/" + re.sub(r"[^\w.=]", "-", name))
+    short = re.sub(r"[^\w.=]", "-", name, flags=re.ASCII)[:200]  # what file systems allow
+    return Path(given.get("out") or f"runs/{short}")
 
 
-def check_settings(folder, theirs, mine):
-    """Raises UserError if the run in a folder, with settings `theirs`, is not one with `mine`."""
+def check_settings(folder, theirs, mine, may_differ):
+    """Raises UserError if the run in a folder, of settings `theirs`, is not one of `mine`."""
     theirs, mine = json.loads(json.dumps([theirs, mine]))  # tuples become lists
     for name, v in mine.items():
-        if name not in MAY_CHANGE and theirs.get(name) != v:
-            raise UserError(f"{folder} has a run with {flag(name)} {theirs.get(name)}, not {v}: "
-                            "give the same settings, or another --out", 2)
+        if name not in may_differ and theirs.get(name, v) != v:
+            raise UserError(f"{folder} has a run with {flag(name)} {theirs[name]}, not {v}: give "
+                            "the same settings, or another --out", 2)
 
 
 def claim_folder(folder, config, held, **sources):
-    """Write config.json, what decides the weights of a run, or compare it with the one there.
-    held: an ExitStack, which gets the folder's lock. sources: sums of data and given networks (not
-    their names are compared). Raises UserError if another run or process has the folder."""
-    mine = {name: v for name, v in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
-    mine |= sources
+    """Lock the folder of a run, compare its config.json, if there is one, and write it. sources:
+    sums of data, --teacher and --student, compared in place of the names of their files. held: an
+    ExitStack for the lock. Raises UserError if another run or process has the folder."""
+    mine = {**dataclasses.asdict(config), **sources}
     file = folder / "config.json"
-    with explained(f"{folder} is in use by another process, or cannot be used: give another --out"):
+    with explained(f"{folder} cannot be used: wait for its other process, or give another --out"):
         folder.mkdir(parents=True, exist_ok=True)
         held.enter_context(FileLock(folder / "lock", timeout=0))  # free when its process dies
-        theirs = dict(json.loads(file.read_text())) if file.exists() else mine
-    check_settings(folder, theirs, mine)
+        is_new = not any(folder.glob("*.pt")) and not file.exists()
+        theirs = mine if is_new else dict(json.loads(file.read_text()))
+    check_settings(folder, theirs, mine, MAY_CHANGE)
     save(file, lambda part: part.write(json.dumps(mine, indent=1).encode()))
 
 
@@ -1454,9 +1466,9 @@ def open_teacher(given, device):
     if RANK == 0:
         print(f"{given['teacher']}: {file.get('format', 'fmd')}, {network.settings}")
     # Samples of a public file must look like pictures or latents. A file read in a wrong way would
-    # still get good scores, since they compare the student with it. REPA read as SiT, or SiT as
-    # REPA, does not smooth the noise: neighbouring values have a correlation of 0 or less, in data
-    # above 0.5. A network that predicts noise, u = n, gives 2z: data has a spread near 1.
+    # still get good scores, since they compare the student with it. Two signs of it: neighbouring
+    # values without correlation (REPA read as SiT, or SiT as REPA; data has more than 0.5), and a
+    # spread of 2 (a network that predicts noise, u = n, gives 2z; data has about 1).
     if "format" in file and not given.get("trust_teacher"):
         y = torch.arange(16, device=device) % max(1, network.num_classes)
         x = solve_ode(network, draw_noise(network, 16, generator(0)), 8, y=y)
@@ -1472,8 +1484,9 @@ def open_teacher(given, device):
         given.update(guidance_max=1.0, guidance=1.0, label_dropout=0.0)
     known = {"dataset": "imagenet", "toy": TOYS[0], **file.get("config", {}), **network.settings}
     for name in ("dataset", "toy", "hidden_size", "depth", "num_heads", "patch_size"):
-        if given.setdefault(name, known[name]) != known[name]:
+        if given.get(name, known[name]) != known[name]:
             raise UserError(f"{flag(name)} {given[name]}: this teacher has {known[name]}", 2)
+        given[name] = known[name]
     return network
 
 
@@ -1512,7 +1525,6 @@ def run_training(given, device):
     with contextlib.ExitStack() as held:
         if RANK == 0:
             claim_folder(out, config, held, **sources)
-        mean_over_processes(torch.zeros(1))  # wait for process 0
         run_stages(network, start, data, config, out)
 
 
@@ -1593,8 +1605,10 @@ def run_sampling(given, device):
     if RANK > 0:
         return
     out = name_folder(given)
+    if not (out / "student.pt").exists():
+        raise UserError(f"{out} has no student.pt: give the flags of its run, or its --out")
     network, file = load_network(out / "student.pt", "student", device)
-    check_settings(out, file["config"], given)
+    check_settings(out, file["config"], given, UNNAMED)
     theirs = {k: v for k, v in file["config"].items() if hasattr(Config, k)}  # of any version
     config = Config(**{**theirs, **given})
     N = config.samples
@@ -1624,11 +1638,10 @@ def main(argv=None):
     warnings.filterwarnings("ignore", module="torch")  # torch's own, about what jvp uses
     try:
         name = given.get("device", Config.device)
-        if WORLD > 1:
-            name = name.split(":")[0]  # each process takes a GPU of its own
         with explained("--device: not on this machine, or fewer GPUs than processes: give cpu"):
-            if WORLD > 1 and name == "cuda":
+            if WORLD > 1 and name.startswith("cuda"):  # each process takes a GPU of its own
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+                name = "cuda"
             device = torch.zeros(1, device=name).device
         if WORLD > 1:  # gloo also beside NCCL: the flag of an interruption is exchanged on the CPU
             distributed.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
@@ -1640,7 +1653,7 @@ def main(argv=None):
             raise
         line, status = f"{type(e).__name__}: {e} (--debug shows where)", 1
         if isinstance(e, UserError):
-            line, status = (*e.args, 1)[:2]
+            line, status = (*e.args, 1)[:2]  # 1 if it has no status
         elif isinstance(e, KeyboardInterrupt):
             line = "interrupted: the same command continues"
         elif "out of memory" in str(e) or "allocate memory" in str(e):
