@@ -329,33 +329,6 @@ class Distiller(nn.Module):
         return batch
 
 
-class SolverDistiller(Distiller):
-    """The form solver, ours, of recipe fast. Skip it at first. It evaluates u more often, but needs
-    no dF/ddelta, which is less exact than F, as training fits F only:
-        start = f(z, delta - h)    a jump; with ema_target by the averaged weights, whose errors
-                                   are smaller
-        end                        where the teacher's ODE leads from start, by the solver
-    (f(z, delta) - end) / delta takes the place of D_G, also in lambda: it moves f(z, delta) to
-    `end`. For small h and without ema_target it is (h / delta) D_G. Why h is long: only the solver
-    follows the teacher, and `end` keeps the errors of `start`. As the target is a place, not a
-    slope, f(z, 1) can be trained itself: recipe fast has delta = 1 in half of these rows.
-    """
-
-    ema_student = None  # set by train for ema_target: a FlowMap of averaged weights
-
-    def draw(self, step):
-        batch = super().draw(step)
-        g = generator(self.config.seed, STUDENT, step, 1)  # other numbers than those of super
-        h = self.config.solver_interval * (1 + torch.rand(len(batch["delta"]), generator=g)) / 2
-        return {**batch, "h": torch.minimum(h, batch["delta"])}  # h = delta: from z on
-
-    @torch.no_grad()
-    def residual(self, student, u, F, z, delta, y, guidance, h):
-        start = (self.ema_student or student).f(z, delta - h, y, guidance)
-        end = solve_ode(u, start, self.config.solver_steps, "rk4", y, t=1 - delta + h, length=h)
-        return F - (end - z) / expand(delta)  # (f - end) / delta
-
-
 # 2. Teachers -------------------------------------------------------------------------------------
 # Flow matching trains a teacher of any data. Toys are Gaussian mixtures and also have an exact one.
 
@@ -826,6 +799,33 @@ def mean_over_processes(v):
 def device_of(network):
     """The device of a network's weights."""
     return next(network.parameters()).device
+
+
+class SolverDistiller(Distiller):
+    """The form solver, ours, of recipe fast. Skip it at first. It evaluates u more often, but needs
+    no dF/ddelta, which is less exact than F, as training fits F only:
+        start = f(z, delta - h)    a jump; with ema_target by the averaged weights, whose errors
+                                   are smaller
+        end                        where the teacher's ODE leads from start, by the solver
+    (f(z, delta) - end) / delta takes the place of D_G, also in lambda: it moves f(z, delta) to
+    `end`. For small h and without ema_target it is (h / delta) D_G. Why h is long: only the solver
+    follows the teacher, and `end` keeps the errors of `start`. As the target is a place, not a
+    slope, f(z, 1) can be trained itself: recipe fast has delta = 1 in half of these rows.
+    """
+
+    ema_student = None  # set by train for ema_target: a FlowMap of averaged weights
+
+    def draw(self, step):
+        batch = super().draw(step)
+        g = generator(self.config.seed, STUDENT, step, 1)  # other numbers than those of super
+        h = self.config.solver_interval * (1 + torch.rand(len(batch["delta"]), generator=g)) / 2
+        return {**batch, "h": torch.minimum(h, batch["delta"])}  # h = delta: from z on
+
+    @torch.no_grad()
+    def residual(self, student, u, F, z, delta, y, guidance, h):
+        start = (self.ema_student or student).f(z, delta - h, y, guidance)
+        end = solve_ode(u, start, self.config.solver_steps, "rk4", y, t=1 - delta + h, length=h)
+        return F - (end - z) / expand(delta)  # (f - end) / delta
 
 
 def make_distiller(teacher, config, exact=None, start=None):
@@ -1436,16 +1436,19 @@ def check_settings(folder, theirs, mine, may_differ):
 def claim_folder(folder, config, held, **sources):
     """Lock the folder of a run, compare its config.json, if there is one, and write it. sources:
     sums of data, --teacher and --student, compared in place of the names of their files. held: an
-    ExitStack for the lock. Raises UserError if another run or process has the folder."""
+    ExitStack for the lock. Raises UserError if another run or process has the folder. All processes
+    compare, so that all end with the same error."""
     mine = {**dataclasses.asdict(config), **sources}
     file = folder / "config.json"
     with explained(f"{folder} cannot be used: wait for its other process, or give another --out"):
         folder.mkdir(parents=True, exist_ok=True)
-        held.enter_context(FileLock(folder / "lock", timeout=0))  # free when its process dies
+        if RANK == 0:
+            held.enter_context(FileLock(folder / "lock", timeout=0))  # free when its process dies
         is_new = not any(folder.glob("*.pt")) and not file.exists()
         theirs = mine if is_new else dict(json.loads(file.read_text()))
     check_settings(folder, theirs, mine, MAY_CHANGE)
-    save(file, lambda part: part.write(json.dumps(mine, indent=1).encode()))
+    if RANK == 0:
+        save(file, lambda part: part.write(json.dumps(mine, indent=1).encode()))
 
 
 def new_network(data, config):
@@ -1523,8 +1526,7 @@ def run_training(given, device):
     if config.precision == "bfloat16":  # fast products also of what stays float32
         torch.set_float32_matmul_precision("high")
     with contextlib.ExitStack() as held:
-        if RANK == 0:
-            claim_folder(out, config, held, **sources)
+        claim_folder(out, config, held, **sources)
         run_stages(network, start, data, config, out)
 
 

@@ -1662,6 +1662,9 @@ def test_two_processes_equal_one(tmp_path):
     logs = [json.loads(text)["log"] for text in found]
     for name in ("prediction", "correction", "critic", "lambda"):
         assert logs[0][-1][name] == pytest.approx(logs[1][-1][name], rel=1e-3), name
+    done = torchrun("--out", tmp_path / "two", *flags, "--alpha", "0.9")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("fmd:")]
+    assert len(lines) == 1 and "--alpha" in lines[0]  # from one process only
     # samples: the same whatever the number of processes
     flags = ["--stage", "sample", "--out", tmp_path / "two", "--device", "cpu", "--samples", "33"]
     assert torchrun(*flags).returncode == 0
