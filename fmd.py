@@ -68,7 +68,7 @@ from tqdm import tqdm
 # two losses: prediction compares v_G with u, correction compares v_N with u.
 # Why from noise alone: a guided or imperfect teacher passes through states that noised data rarely
 # reach (the teacher-data mismatch), so a student that trains on noised data, as in MeanFlow (arXiv
-# 2505.13447), hardly learns them. Only at t = 1 every teacher's states are known: they are N(0, I).
+# 2505.13447), hardly learns them. Only at t = 1 are every teacher's states known: they are N(0, I).
 
 
 def expand(v):
@@ -232,7 +232,7 @@ def decay(D, k):
 
 class Distiller(nn.Module):
     """The paper's loss. forward computes the loss of one training step, draw draws its batch.
-    (train and TrainState.update, section 6, change the weights.)
+    (train and TrainState.update, section 6, change the weights; generator is there, too.)
 
     network: a velocity network, read as the student's F. critic: another, which learns v_N. It too
     starts as a copy of the teacher: once the student has learned, v_N is near u. teacher:
@@ -294,8 +294,8 @@ class Distiller(nn.Module):
         is no D_G. (Both norms are divided by sqrt(d), so that eps fits all d.)
 
         Why lambda: both norms change in training. lambda D_N is alpha times as large as D_G (if not
-        near eps), so the correction fades as D_G does. We take D_G before its decay. After it, of
-        size ||D_G||^(1 - 2k), the correction would not fade at k = 1/2, and would grow at k = 1.
+        near eps), so the correction fades as D_G does. We take D_G before its decay. With the
+        decayed one, of size ||D_G||^(1 - 2k), it would not fade at k = 1/2, and grow at k = 1.
         The price: lambda is large when D_N is small, and then D_N is mostly error of the critic.
         """
         if D_G is None:
