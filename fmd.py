@@ -207,6 +207,7 @@ def correction_gradient(v_N, u, x_r, r, y=None):
     2. Tweedie's formula: s = -E[n | x_r] / r. As n = x_r - (1 - r) (x - n), E[n | x_r] is
        x_r - (1 - r) v_N. s_u is the same with u. So s - s_u = (1 - r) / r D_N.
     The factors, together (1 - r)^2 / r > 0, are left out as in [11]: they only weight the r.
+    (s needs an exact critic. log p depends on theta too, but E[dlog p/dtheta] = 0.)
 
     Why D_N need not be zero for a perfect student: s_u needs u = E[x - n | x_r], x the samples of
     u's own ODE. A learned u is only near this mean, a guided u is another function.
@@ -784,7 +785,7 @@ def generator(*key):
     """A random generator that depends only on the integers in `key`: seed, stream, step. So an
     interrupted run continues with the same numbers. And all processes draw the same batch and take
     their own rows of it, and loss, gradients and lambda's norms are means over processes: how many
-    there are changes results by rounding only."""
+    there are changes results by rounding only. (--micro-batches changes lambda, see train.)"""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
@@ -808,9 +809,10 @@ class SolverDistiller(Distiller):
                                    are smaller
         end                        where the teacher's ODE leads from start, by the solver
     (f(z, delta) - end) / delta takes the place of D_G, also in lambda: it moves f(z, delta) to
-    `end`. For small h and without ema_target it is (h / delta) D_G. Why h is long: only the solver
-    follows the teacher, and `end` keeps the errors of `start`. As the target is a place, not a
-    slope, f(z, 1) can be trained itself: recipe fast has delta = 1 in half of these rows.
+    `end`. For small h and without ema_target it is (h / delta) D_G. Why h is long: the jump to
+    start brings the student's errors along, only the solver's part of the path is the teacher's.
+    As the target is a place, not a slope, f(z, 1) can be trained itself: recipe fast has delta = 1
+    in half of these rows.
     """
 
     ema_student = None  # set by train for ema_target: a FlowMap of averaged weights
@@ -926,7 +928,7 @@ def train(module, config, state=None):
             part = {name: v[rows].to(device) for name, v in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16"):
                 loss, metrics = parallel(**part)
-            # backward lets DDP average .grad. What earlier parts left there is equal already.
+            # DDP averages all of .grad; the sum of earlier parts is equal already, so it stays.
             (loss / count).backward()
             values.append(torch.stack([loss, *metrics.values()]).detach())
         loss, *means = mean_over_processes(torch.stack(values).mean(0))
@@ -1408,9 +1410,9 @@ def make_parser():
 UNNAMED = {"stage", "out", "debug", "teacher_format", "trust_teacher", "guidance", "device",
            "compile", "micro_batches", "activation_checkpointing", "eval_samples", "samples",
            "sample_seed", "classes"}
-# With --out these may change too: learning rates, to go on after steps that are not finite; and a
-# recipe, of which the single settings are compared. steps may not, as learning rates fall over all
-# of them: for more, start a new run from --teacher and --student.
+# With --out these may change too: learning rates, to go on after steps that are not finite. (recipe
+# and quick: the settings that they choose are compared.) steps may not, as learning rates fall over
+# all of them: for more, start a new run from --teacher and --student.
 MAY_CHANGE = UNNAMED | {"learning_rate", "teacher_learning_rate", "critic_learning_rate",
                         "recipe", "quick"}
 
