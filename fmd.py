@@ -1569,8 +1569,8 @@ def run_stage(kind, module, config, out, score=None):
     path = out / f"{kind}.pt"
     state = TrainState(module, config, path)
     if RANK == 0 and state.step:
-        print(f"{path} has {state.step} of {config.steps} steps, which are kept. To train them again, "
-              "as after a change of fmd.py or of a learning rate, give another --out")
+        print(f"{path} has {state.step} of {config.steps} steps, which are kept. To train them "
+              "again, after a change of fmd.py or of a learning rate, give another --out")
     flops = flops_of_step(module, config)
     recent, interrupts, clock = [], [], time.perf_counter()
     signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
