@@ -719,6 +719,7 @@ class Config:
 #     toy2d              fast    solver      0.5      0.3    0.125
 #     mnist --quick      paper   jvp         1        0.3    0.25
 #     mnist, imagenet    paper   jvp         1        1      0.25
+# The sizes are DiT-S/2's; --teacher brings its own.
 PICTURES = {"patch_size": 2, "hidden_size": 384, "depth": 12, "num_heads": 6, "ema_decay": 0.999,
             "guidance_max": 4.0, "guidance": 2.0, "correction_interval": (0.0, 0.7),
             "precision": "bfloat16", "eval_samples": 5000}
@@ -730,10 +731,9 @@ PRESETS = {
               "teacher_learning_rate": 8e-3, "learning_rate": 0.01, "critic_learning_rate": 0.016},
     "mnist": PICTURES,
     "cifar10": {**PICTURES, "teacher_steps": 200000, "steps": 100000},
-    "imagenet": {**PICTURES, "hidden_size": 1152, "depth": 28, "num_heads": 16, "steps": 100000,
-                 "activation_checkpointing": True, "teacher_steps": 400000,
+    "imagenet": {**PICTURES, "steps": 100000, "teacher_steps": 400000, "eval_samples": 2000,
                  "teacher_learning_rate": 1e-4, "guidance_max": 3.0, "guidance": 1.4,
-                 "ema_decay": 0.9999, "eval_samples": 2000},
+                 "ema_decay": 0.9999, "activation_checkpointing": True},
 }
 # The recipe paper is the defaults of Config. Of these, prediction (jvp or difference), decay, alpha
 # (0.3 to 3), correction_share and r_location are the paper's, and in PICTURES correction_interval.
