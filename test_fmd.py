@@ -321,8 +321,9 @@ def test_the_students_draw_is_as_described():
     assert_close(scaled, (2 * delta).clamp(2e-3, 1), atol=2e-3, rtol=0)
     assert scaled.min() < 2e-3 and (scaled[:1500] == 1).all()
     c = dataclasses.replace(c, prediction="solver", solver_interval=0.4)
-    found = fmd.make_distiller(module.network, c).draw(7)
-    h = found.pop("h")
+    other = fmd.make_distiller(module.network, c)
+    found, h = other.draw(7), other.draw(7)["h"]
+    assert torch.equal(found.pop("h"), h) and (other.draw(8)["h"] != h).float().mean() > 0.5
     assert found.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in found.items())
     assert (0 < h).all() and (h <= delta).all() and 0.39 < h.max() <= 0.4
     assert h[delta > 0.4].min() >= 0.2 and torch.equal(h[delta < 0.2], delta[delta < 0.2])
