@@ -40,7 +40,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -287,8 +286,7 @@ class Distiller(nn.Module):
 
     def residual(self, student, u, F, z, delta, y, guidance):
         """D_G, (B, C, H, W). F is computed before, as the loss needs its graph; D_G has none."""
-        form = self.config.prediction
-        return prediction_gradient(student, u, z, delta, y, guidance, form, F=F)
+        return prediction_gradient(student, u, z, delta, y, guidance, self.config.prediction, F=F)
 
     def balance(self, D_G, D_N):
         """lambda = alpha E||D_G|| / (E||D_N|| + eps), the weight of the correction; alpha if there
@@ -874,8 +872,7 @@ class TrainState:
         is_finite = torch.stack([loss, *norms]).isfinite().all().item()
         if is_finite:
             rise = min(1, (self.step + 1) / WARMUP)
-            peaks = config.learning_rate, config.critic_learning_rate
-            for group, peak in zip(groups, peaks):
+            for group, peak in zip(groups, (config.learning_rate, config.critic_learning_rate)):
                 group["lr"] = peak * rise * (1 - self.step / config.steps)
             self.optimizer.step()
             # At first the average is over fewer steps, while the weights change fast.
@@ -894,8 +891,7 @@ class TrainState:
                       "network": self.ema.settings, "step": self.step, **parts}
         if RANK == 0:
             save(path, lambda file: torch.save(checkpoint, file))
-            log = json.dumps(self.log, indent=1).encode()
-            save(path.with_suffix(".json"), lambda file: file.write(log))
+            path.with_suffix(".json").write_text(json.dumps(self.log, indent=1))
 
 
 def train(module, config, state=None):
@@ -1061,7 +1057,7 @@ def evaluate(student, teacher, data, config, out, log):
             covered = data.coverage(x.cpu()) if data.has_density else {}
             metrics[name] = {"SW2 to data": sliced_w2(x, other_x) / data_floor, **covered}
             print(f"{name:>8}:", ", ".join(f"{k} {v:.3f}" for k, v in metrics[name].items()))
-    save(out / "metrics.json", lambda file: file.write(json.dumps(metrics, indent=1).encode()))
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
     save_pictures(network, metrics, sets, path, jumps, out)
 
 
@@ -1123,11 +1119,11 @@ def plot_filmstrip(teacher_path, student_path, lines=4):
     """Nine pictures of the teacher's path, f(z, delta) under them. Paths: (steps, B, C, H, W)."""
     at = np.linspace(0, len(teacher_path) - 1, 9).round().astype(int)
     axes = Figure((9, 2 * lines), layout="constrained").subplots(2 * lines, 1)
-    paths = {"teacher": teacher_path, "student": student_path}
-    for axis, (i, name) in zip(axes, itertools.product(range(lines), paths)):
-        draw_set(axis, paths[name][at, i], name, columns=9)
-        axis.set(xticks=[], yticks=[])
-        axis.set_ylabel(name, color=COLORS[name])
+    for first, name, path in (0, "teacher", teacher_path), (1, "student", student_path):
+        for i, axis in enumerate(axes[first::2]):
+            draw_set(axis, path[at, i], name, columns=9)
+            axis.set(xticks=[], yticks=[])
+            axis.set_ylabel(name, color=COLORS[name])
     axes[0].set_title("   ".join(f"δ = {i / at[-1]:.2f}" for i in at), fontsize=11)
     return axes[0].figure
 
@@ -1147,14 +1143,12 @@ def plot_paths(teacher_path, student_path, lines=40):
     return figure
 
 
-def plot_error(curves, title="Distance from student to teacher along the path"):
-    """Errors over even steps of delta from 0 to 1. curves: {label: list}."""
+def plot_error(errors):
+    """The student's errors, a list over even steps of delta from 0 to 1."""
     axis = Figure((6.5, 4.2), layout="constrained").subplots()
-    for label, errors in curves.items():
-        axis.plot(np.linspace(0, 1, len(errors)), errors, lw=2.5, color=COLORS.get(label),
-                  label=f"{label}, {errors[-1]:.4f} at δ = 1")
-    axis.set(title=title, xlabel="δ: 0 is noise, 1 is data", ylabel="error / spread of samples")
-    axis.legend(loc="upper left")
+    axis.plot(np.linspace(0, 1, len(errors)), errors, lw=2.5, color=COLORS["student"])
+    axis.set(title=f"Distance from student to teacher: {errors[-1]:.4f} at δ = 1",
+             xlabel="δ: 0 is noise, 1 is data", ylabel="error / spread of samples")
     return axis.figure
 
 
@@ -1195,7 +1189,7 @@ def save_pictures(network, metrics, sets, path, jumps, out):
     plot = plot_paths if path.shape[-1] == 1 else plot_filmstrip
     plot_samples(shown, titles).savefig(out / "comparison.png", dpi=110)
     plot(path, jumps).savefig(out / "paths.png", dpi=110)
-    plot_error({"student": metrics["error_along_path"]}).savefig(out / "error.png", dpi=110)
+    plot_error(metrics["error_along_path"]).savefig(out / "error.png", dpi=110)
     plot_losses(metrics["log"]).savefig(out / "losses.png", dpi=110)
     animate_paths(path, jumps).save(out / "paths.gif", writer="pillow", fps=10, dpi=80)
     print(f"pictures and metrics.json are in {out}")
@@ -1220,7 +1214,7 @@ def save(path, write):
     try:
         with explained("free some space, or give another --out"), open(part, "wb") as file:
             write(file)
-        os.replace(part, path)
+        part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
@@ -1428,9 +1422,8 @@ def name_folder(given):
 
 def check_settings(folder, theirs, mine, may_differ):
     """Raises UserError if the run in a folder, of settings `theirs`, is not one of `mine`."""
-    theirs, mine = json.loads(json.dumps([theirs, mine]))  # tuples become lists
-    for name, v in mine.items():
-        if name not in may_differ and theirs.get(name, v) != v:
+    for name, v in mine.items():  # array_equal: an interval is a tuple or, from a flag, a list
+        if name not in may_differ and not np.array_equal(theirs.get(name, v), v):
             raise UserError(f"{folder} has a run with {flag(name)} {theirs[name]}, not {v}: give "
                             "the same settings, or another --out", 2)
 
@@ -1554,9 +1547,8 @@ def flops_of_step(module, config):
     every = math.gcd(config.batch_size, config.corrections)  # in the part the shares are the same
     device = device_of(module.network)
     part = {name: v[::every].to(device) for name, v in module.draw(0).items()}
-    with FlopCounterMode(display=False) as counter:
-        with torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16"):
-            loss, _ = module(**part)
+    with FlopCounterMode(display=False) as counter:  # the precision does not change the number
+        loss, _ = module(**part)
         loss.backward()
     module.zero_grad()
     return every * counter.get_total_flops()
@@ -1589,7 +1581,7 @@ def run_stage(kind, module, config, out, score=None):
             if RANK == 0 and score:
                 line["endpoint_error"] = score(state.ema)
             state.log.append({"stage": kind, "step": step, **line})
-            bar.set_postfix({k: f"{line[k]:.3g}" for k in SHOWN if k in line}, refresh=False)
+            bar.set_postfix({k: line[k] for k in SHOWN if k in line}, refresh=False)
             recent, clock = [], time.perf_counter()
         if is_last or step % CHECKPOINT_INTERVAL == 0:
             state.write(path, config)

@@ -1749,7 +1749,7 @@ def test_pictures_show_what_they_are_given():
     for axis, x in zip(animation._fig.axes, (path[-1], jumps[-1])):
         np.testing.assert_allclose(axis.collections[0].get_offsets(), x.flatten(1))
     animation._draw_was_started = True  # it is not saved here
-    figure = fmd.plot_error({"student": [0.0, 0.1, 0.3]})
+    figure = fmd.plot_error([0.0, 0.1, 0.3])
     np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), [0, 0.1, 0.3])
     log = [{"step": 1, "flow_matching": 2.0}, {"step": 5, "prediction": 0.5, "endpoint_error": 0.1}]
     axes = fmd.plot_losses(log).axes
