@@ -164,7 +164,7 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     ends). Raises ValueError for another form.
 
     Why a small D_G can leave a large error: u is evaluated at f, not at phi. So the error e = f -
-    phi has de/ddelta = D_G + (u(f) - u(phi)): D_G adds new error, and the field stretches or
+    phi has de/ddelta = D_G + (u(f) - u(phi)): D_G adds new error, and the field enlarges or
     shrinks the old at the rate L = <e, u(f) - u(phi)> / ||e||^2. L > 0 where paths part, between
     modes; inside of a narrow mode mostly L < 0. As d||e||/ddelta <= ||D_G|| + L ||e||,
         ||e|| at delta = 1 <= integral over delta of ||D_G|| exp(integral of L from delta to 1).
@@ -257,7 +257,7 @@ class Distiller(nn.Module):
         if len(z_G):  # Predict
             u = guided(self.teacher, guidance_G, config.guidance_interval)
             F = student.F(z_G, delta, y_G, guidance_G)
-            D_G = self.residual(student, u, F, z_G, delta, y_G, guidance_G, **more)
+            D_G = self.residual(student, u, F, z_G, delta, y_G, guidance_G, **more)  # of [9]
             metrics["prediction"] = mean_square(D_G).mean()
             # Why F * sg(D): its gradient is that of [8], (dF/dtheta)^T D, up to 1/d, and D can be
             # decayed first. Its value means nothing: watch ||D_G||^2.
@@ -924,7 +924,7 @@ def train(module, config, state=None):
             part = {name: v[rows].to(device) for name, v in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16"):
                 loss, metrics = parallel(**part)
-            # DDP averages all of .grad; the sum of earlier parts is equal already, so it stays.
+            # DDP averages all of .grad. What earlier parts left is equal everywhere: it stays.
             (loss / count).backward()
             values.append(torch.stack([loss, *metrics.values()]).detach())
         loss, *means = mean_over_processes(torch.stack(values).mean(0))
@@ -1413,11 +1413,11 @@ MAY_CHANGE = UNNAMED | {"learning_rate", "teacher_learning_rate", "critic_learni
 
 def name_folder(given):
     """The folder of a run: --out, or its data set and flags, as in runs/toy2d_seed=3_toy=moons."""
-    named = {name: v for name, v in sorted(given.items()) if name not in UNNAMED and v != ""}
-    dataset = named.pop("dataset", "distilled" if "teacher" in named else Config.dataset)
-    name = "_".join([dataset, *(f"{name}={v}" for name, v in named.items())])
-    short = re.sub(r"[^\w.=]", "-", name, flags=re.ASCII)[:200]  # what file systems allow
-    return Path(given.get("out") or f"runs/{short}")
+    flags = {k: v for k, v in sorted(given.items()) if k not in UNNAMED and v != ""}
+    dataset = flags.pop("dataset", "distilled" if "teacher" in flags else Config.dataset)
+    name = "_".join([dataset, *(f"{k}={v}" for k, v in flags.items())])
+    name = re.sub(r"[^\w.=]", "-", name, flags=re.ASCII)[:200]  # what file systems allow
+    return Path(given.get("out") or f"runs/{name}")
 
 
 def check_settings(folder, theirs, mine, may_differ):
