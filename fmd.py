@@ -138,12 +138,11 @@ def guided(teacher, guidance, interval=(0.0, 1.0)):
         return teacher
 
     def u(x, t, y=None):
-        labelled = teacher(x, t, y)
         null = teacher(x, t)
         # 1e-4: the t of a solver is rounded, its last may be -1e-7.
         is_inside = (interval[0] - 1e-4 <= t) & (t <= interval[1] + 1e-4)
         gamma = torch.where(is_inside, guidance, 1.0)
-        return null + expand(gamma) * (labelled - null)
+        return null + expand(gamma) * (teacher(x, t, y) - null)
 
     return u
 
@@ -321,8 +320,7 @@ class Distiller(nn.Module):
                 batch[f"guidance_{side}"] = 1 + (config.guidance_max - 1) * strength
         # All of (0, 1], since [7] at one delta only tells how f changes there, not where it is.
         # Stratified for less variance: one row in each of `predict` equal parts, from 1 downwards.
-        uniform = 1 - (torch.arange(predict) + torch.rand(predict, generator=g)) / predict
-        batch["delta"] = (config.delta_scale * uniform).clamp(1e-3, 1)  # form solver divides by it
+        batch["delta"] = 1 - (torch.arange(predict) + torch.rand(predict, generator=g)) / predict
         batch["r"] = torch.sigmoid(config.r_location + torch.randn(correct, generator=g))
         batch["n"] = torch.randn(correct, *shape, generator=g)
         return batch
@@ -648,7 +646,7 @@ class Config:
     critic_learning_rate: float = option(1e-4, "peak", 0)
     # prediction [7, 8, 9]
     prediction: str = option("jvp", "how to find D_G", choices=["jvp", "difference", "solver"])
-    delta_scale: float = option(1.0, "delta = min(1, this x uniform); above 1: for form solver", 1)
+    delta_scale: float = option(1.0, "form solver: delta = min(1, this x uniform)", 1)
     solver_interval: float = option(0.6, "form solver: the longest interval h", 1e-4, 1)
     solver_steps: int = option(2, "form solver: RK4 steps of the teacher in an interval", 1)
     ema_target: bool = option(False, "form solver: jump with the student's averaged weights")
@@ -816,10 +814,11 @@ class SolverDistiller(Distiller):
     ema_student = None  # set by train for ema_target: a FlowMap of averaged weights
 
     def draw(self, step):
-        batch = super().draw(step)
-        g = generator(self.config.seed, STUDENT, step, 1)  # other numbers than those of super
-        h = self.config.solver_interval * (1 + torch.rand(len(batch["delta"]), generator=g)) / 2
-        return {**batch, "h": torch.minimum(h, batch["delta"])}  # h = delta: from z on
+        config, batch = self.config, super().draw(step)
+        delta = (config.delta_scale * batch["delta"]).clamp(1e-3, 1)  # residual divides by it
+        g = generator(config.seed, STUDENT, step, 1)  # other numbers than those of super
+        h = config.solver_interval * (1 + torch.rand(len(delta), generator=g)) / 2
+        return {**batch, "delta": delta, "h": torch.minimum(h, delta)}  # h = delta: from z on
 
     @torch.no_grad()
     def residual(self, student, u, F, z, delta, y, guidance, h):
@@ -844,9 +843,7 @@ class TrainState:
     def __init__(self, module, config, path=None):
         self.step, self.log = 0, []
         self.ema = copy.deepcopy(module.network).requires_grad_(False)
-        trained = {"model": module.network}
-        if getattr(module, "critic", None):
-            trained["critic"] = module.critic
+        trained = {k: v for k in ("network", "critic") if (v := getattr(module, k, None))}
         # requires_grad_: networks of earlier training, such as load_student's, are frozen.
         groups = [{"params": list(v.requires_grad_().parameters())} for v in trained.values()]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
@@ -888,7 +885,7 @@ class TrainState:
         needed, since draw(step) depends on seed and step only."""
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         checkpoint = {"kind": path.stem, "config": dataclasses.asdict(config), "log": self.log,
-                      "network": self.ema.settings, "step": self.step, **parts}
+                      "settings": self.ema.settings, "step": self.step, **parts}
         if RANK == 0:
             save(path, lambda file: torch.save(checkpoint, file))
             path.with_suffix(".json").write_text(json.dumps(self.log, indent=1))
@@ -1270,7 +1267,7 @@ def open_data(config):
 
 def load_network(path, kind, device="cpu", teacher_format="", num_heads=0):
     """The averaged network of a checkpoint, frozen, and the checkpoint. Raises UserError."""
-    with explained(f"{path} cannot be used as a {kind}"):
+    with explained(f"{path} cannot be used as a {kind}: give another, or the flags of its run"):
         torch.serialization.add_safe_globals([argparse.Namespace])  # settings of SiT and REPA
         file = torch.load(path, "cpu", weights_only=True)
         if kind == "teacher" and "kind" not in file:
@@ -1280,7 +1277,7 @@ def load_network(path, kind, device="cpu", teacher_format="", num_heads=0):
         if not all(v.isfinite().all() for v in file["ema"].values()):
             raise ValueError("its weights are not all finite")
         with torch.device("meta"):  # without drawing random weights first: XL is large
-            network = DiT(**file["network"])
+            network = DiT(**file["settings"])
         network.load_state_dict({k: v.float() for k, v in file["ema"].items()}, assign=True)
     return network.to(device).requires_grad_(False), file
 
@@ -1304,20 +1301,14 @@ def load_student(path, device="cpu"):
 FIRST = "x_embedder.proj.weight"  # a tensor that every DiT has
 
 
-def flatten(nested, prefix=""):
-    """Dicts in dicts -> one dict, its keys joined by dots."""
-    flat = {}
-    for key, v in nested.items():
-        name = f"{prefix}{key}"
-        flat |= flatten(v, f"{name}.") if isinstance(v, dict) else {name: v}
-    return flat
-
-
 def find_tensors(file):
     """Returns (prefix, tensors) of the network in a file. Training scripts put it in dicts, DDP and
     others put words before the names: the prefix is all before FIRST, such as "ema.module.". Of
     several networks the averaged one is taken. Raises ValueError if there is not exactly one."""
-    flat = flatten(file)
+    flat = dict(file)
+    while nested := [name for name, v in flat.items() if isinstance(v, dict)]:
+        for name in nested:
+            flat |= {f"{name}.{key}": v for key, v in flat.pop(name).items()}
     prefixes = [name.removesuffix(FIRST) for name in flat if name.endswith(FIRST)]
     marks = [name.count("ema") + name.count("shadow") for name in prefixes]
     if marks.count(max(marks, default=0)) != 1:
@@ -1327,7 +1318,7 @@ def find_tensors(file):
 
 
 def read_public(file, teacher_format="", num_heads=0):
-    """A SiT or REPA file as {"ema": tensors of u(x, t), "network": settings of a DiT, "format",
+    """A SiT or REPA file as {"ema": tensors of u(x, t), "settings": of a DiT, "format",
     "has_null": whether there is a null label}. file: a state dict, or a training script's dict.
     The other arguments are those of load_teacher. Raises ValueError for files of other models."""
     prefix, tensors = find_tensors(file)
@@ -1363,7 +1354,7 @@ def read_public(file, teacher_format="", num_heads=0):
     if len(table) == classes:  # trained without null label: give it a row, never used
         tensors["y_embedder.embedding_table.weight"] = torch.cat([table, table.mean(0)[None]])
     return {"format": f"{teacher_format} {prefix}".strip(" ."), "has_null": len(table) > classes,
-            "ema": tensors, "network": infer_settings(tensors, num_heads)}
+            "ema": tensors, "settings": infer_settings(tensors, num_heads)}
 
 
 def infer_settings(tensors, num_heads=0):
@@ -1394,8 +1385,7 @@ def make_parser():
     defaults = make_config()
     for f in dataclasses.fields(Config):
         kind = special.get(f.type, {"type": f.type, "choices": f.metadata["choices"]})
-        default = getattr(defaults, f.name)
-        text = f.metadata["help"] + (f" (toys: {default})" if default != "" else "")
+        text = f"{f.metadata['help']} (toys: {getattr(defaults, f.name)!r})"
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
     return parser
 
@@ -1420,30 +1410,30 @@ def name_folder(given):
     return Path(given.get("out") or f"runs/{name}")
 
 
-def check_settings(folder, theirs, mine, may_differ):
-    """Raises UserError if the run in a folder, of settings `theirs`, is not one of `mine`."""
+def check_settings(place, theirs, mine, may_differ=()):
+    """Raises UserError if a folder or file, with settings `theirs`, is not one of `mine`."""
     for name, v in mine.items():  # array_equal: an interval is a tuple or, from a flag, a list
         if name not in may_differ and not np.array_equal(theirs.get(name, v), v):
-            raise UserError(f"{folder} has a run with {flag(name)} {theirs[name]}, not {v}: give "
-                            "the same settings, or another --out", 2)
+            raise UserError(f"{place} has {flag(name)} {theirs[name]}, not {v}: give the same "
+                            "settings, or another --out or --teacher", 2)
 
 
-def claim_folder(folder, config, held, **sources):
-    """Lock the folder of a run, compare its config.json, if there is one, and write it. sources:
-    sums of data, --teacher and --student, compared in place of the names of their files. held: an
-    ExitStack for the lock. Raises UserError if another run or process has the folder. All processes
-    compare, so that all end with the same error."""
+def claim_folder(folder, config, **sources):
+    """Compare config.json in the folder of a run, if there is one, and write it. sources: sums of
+    data, --teacher and --student, compared in place of the names of their files. Returns a lock, to
+    be used by `with`. Raises UserError if another run or process has the folder. Each process has
+    a lock of its own and compares, so that all end with the same error."""
     mine = {**dataclasses.asdict(config), **sources}
     file = folder / "config.json"
     with explained(f"{folder} cannot be used: wait for its other process, or give another --out"):
         folder.mkdir(parents=True, exist_ok=True)
-        if RANK == 0:
-            held.enter_context(FileLock(folder / "lock", timeout=0))  # free when its process dies
+        lock = FileLock(folder / f"lock{RANK}").acquire(timeout=0)  # free when its process dies
         is_new = not any(folder.glob("*.pt")) and not file.exists()
-        theirs = mine if is_new else dict(json.loads(file.read_text()))
+        theirs = mine if is_new else json.loads(file.read_text())
     check_settings(folder, theirs, mine, MAY_CHANGE)
     if RANK == 0:
         save(file, lambda part: part.write(json.dumps(mine, indent=1).encode()))
+    return lock
 
 
 def new_network(data, config):
@@ -1476,15 +1466,13 @@ def open_teacher(given, device):
         if not (correlation > 0.15 and 0.2 < spread < 1.7):
             raise UserError(f"samples do not look like data ({spread=:.2f}, {correlation=:.2f}): "
                             "try another --teacher-format or --num-heads, or --trust-teacher")
-    if not file.get("has_null", True):
-        if given.get("guidance_max", 1) > 1 or given.get("guidance", 1) > 1:
-            raise UserError("--guidance, --guidance-max: give 1, this teacher has no null label", 2)
-        given.update(guidance_max=1.0, guidance=1.0, label_dropout=0.0)
     known = {"dataset": "imagenet", "toy": TOYS[0], **file.get("config", {}), **network.settings}
-    for name in ("dataset", "toy", "hidden_size", "depth", "num_heads", "patch_size"):
-        if given.get(name, known[name]) != known[name]:
-            raise UserError(f"{flag(name)} {given[name]}: this teacher has {known[name]}", 2)
-        given[name] = known[name]
+    names = ("dataset", "toy", "hidden_size", "depth", "num_heads", "patch_size")
+    fixed = {name: known[name] for name in names}
+    if not file.get("has_null", True):  # without a null label there is no guidance
+        fixed |= {"guidance_max": 1.0, "guidance": 1.0, "label_dropout": 0.0}
+    check_settings(given["teacher"], fixed, {k: v for k, v in given.items() if k in fixed})
+    given.update(fixed)
     return network
 
 
@@ -1514,14 +1502,11 @@ def run_training(given, device):
     # The mean of the losses of unequal parts would not be the loss of the batch.
     parts = WORLD * config.micro_batches
     if config.batch_size % parts or config.corrections % parts:
-        raise UserError(f"--batch-size {config.batch_size}, of which {config.corrections} correct: "
-                        f"give multiples of {parts}, which is processes x --micro-batches", 2)
+        raise UserError(f"--batch-size {config.batch_size}, {config.corrections} of it correct: "
+                        f"give multiples of {parts}, processes x --micro-batches", 2)
     if config.dataset == "toy2d":  # more threads gain nothing on networks as small as these
         torch.set_num_threads(1)
-    if config.precision == "bfloat16":  # fast products also of what stays float32
-        torch.set_float32_matmul_precision("high")
-    with contextlib.ExitStack() as held:
-        claim_folder(out, config, held, **sources)
+    with claim_folder(out, config, **sources):
         run_stages(network, start, data, config, out)
 
 
@@ -1530,7 +1515,7 @@ def run_stages(teacher, start, data, config, out):
     unless it is that of --teacher. start: the network of --student, or None."""
     log = []
     if not config.teacher:
-        first = dataclasses.replace(config, steps=config.teacher_steps, ema_target=False,
+        first = dataclasses.replace(config, steps=config.teacher_steps,
                                     learning_rate=config.teacher_learning_rate)
         teacher, log = run_stage("teacher", FlowMatching(teacher, data, first), first, out)
     if config.stage == "all":
@@ -1542,28 +1527,18 @@ def run_stages(teacher, start, data, config, out):
             evaluate(FlowMap(network), distiller.teacher, data, config, out, log + more)
 
 
-def flops_of_step(module, config):
-    """The FLOPs of a training step, counted on a small part of its rows. It trains nothing."""
-    every = math.gcd(config.batch_size, config.corrections)  # in the part the shares are the same
-    device = device_of(module.network)
-    part = {name: v[::every].to(device) for name, v in module.draw(0).items()}
-    with FlopCounterMode(display=False) as counter:  # the precision does not change the number
-        loss, _ = module(**part)
-        loss.backward()
-    module.zero_grad()
-    return every * counter.get_total_flops()
-
-
 def run_stage(kind, module, config, out, score=None):
-    """Train, from the checkpoint out/<kind>.pt if it is there: on a CPU to the same bits as without
-    a break. score(network) -> endpoint error. Returns the averaged network and the log. At Ctrl-C
-    or SIGTERM the step ends and is saved; then UserError."""
+    """Train, or go on from out/<kind>.pt (on a CPU to the same bits). Returns the averaged network
+    and the log, with its score(network). Ctrl-C and SIGTERM: the step is saved, then UserError."""
     path = out / f"{kind}.pt"
     state = TrainState(module, config, path)
     if RANK == 0 and state.step:
-        print(f"{path} has {state.step} of {config.steps} steps, which are kept. To train them "
-              "again, after a change of fmd.py or of a learning rate, give another --out")
-    flops = flops_of_step(module, config)
+        print(f"{path}: {state.step} of {config.steps} steps are done; to redo them, change --out")
+    parts = math.gcd(config.batch_size, config.corrections)  # equal: FLOPs are counted in one
+    part = {k: v[::parts].to(device_of(module.network)) for k, v in module.draw(0).items()}
+    with FlopCounterMode(display=False) as counter:
+        module(**part)[0].backward()
+    module.zero_grad()
     recent, interrupts, clock = [], [], time.perf_counter()
     signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
     bar = tqdm(train(module, config, state), kind, config.steps, initial=state.step,
@@ -1576,7 +1551,7 @@ def run_stage(kind, module, config, out, score=None):
             seconds = (time.perf_counter() - clock) / len(recent)  # a step
             line = {k: torch.stack([m[k] for m in recent]).nanmean().item() for k in metrics}
             line["samples_per_second"] = config.batch_size / seconds
-            line["tflops"] = flops / seconds / 1e12  # of all processes together
+            line["tflops"] = parts * counter.get_total_flops() / seconds / 1e12
             line["peak_gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             if RANK == 0 and score:
                 line["endpoint_error"] = score(state.ema)
@@ -1601,8 +1576,6 @@ def run_sampling(given, device):
     if RANK > 0:
         return
     out = name_folder(given)
-    if not (out / "student.pt").exists():
-        raise UserError(f"{out} has no student.pt: give the flags of its run, or its --out")
     network, file = load_network(out / "student.pt", "student", device)
     check_settings(out, file["config"], given, UNNAMED)
     theirs = {k: v for k, v in file["config"].items() if hasattr(Config, k)}  # of any version
