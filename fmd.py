@@ -1,24 +1,23 @@
 """fmd: flow map distillation without data, in one file.
 
 A flow model draws a sample by solving an ODE with hundreds of network evaluations. This file
-distills such a teacher into a student that needs one evaluation, and it uses no data to do so.
-It follows Tong, Ma, Xie and Jaakkola, "Flow Map Distillation Without Data" (FreeFlow, arXiv
-2511.19428).
+distills such a teacher, without data, into a student that needs one evaluation. The paper: Tong,
+Ma, Xie and Jaakkola, "Flow Map Distillation Without Data" (FreeFlow, arXiv 2511.19428).
 
 Map: 1. The method (the paper's losses, in reading order: read this first)  2. Teachers  3. Network
 4. Data  5. Settings  6. Training. Skip at first: 7. Measures  8. Pictures  9. Files  10. Runs
 
 Notation, everywhere in this file
     t              0 is data x, 1 is noise n ~ N(0, I); x_t = (1 - t) x + t n
-    u(x_t, t)      the teacher's velocity, trained to be E[x - n | x_t]; dx/dt = -u
+    u(x_t, t)      the teacher's velocity, from noise to data, trained to be E[x - n | x_t]
     delta = 1 - t  the progress of a path: sampling solves dx/ddelta = u(x, 1 - delta)
     phi(z, delta)  the state that the teacher's path from the noise z reaches at delta
-    F(z, delta)    the student's network: the average velocity of a jump that replaces this path
-    f(z, delta)    where the jump ends, f = z + delta F, the student's phi. f(z, 1) is a sample
+    F(z, delta)    the student's network: learns the average velocity of this path up to delta
+    f(z, delta)    the student's phi: one jump along F, f = z + delta F. f(z, 1) is a sample
     v_G, D_G       predict (G: generating): v_G = df/ddelta, a partial derivative: z is fixed.
                    D_G = v_G - u(f, 1 - delta)
     v_N, D_N       correct (N: noising): v_N = E[x - n | x_r] for the student's samples x, noised
-                   to x_r; a critic learns it. D_N = v_N - u(x_r, r)
+                   to x_r at a random time r; a critic learns it. D_N = v_N - u(x_r, r)
     y, guidance    the label, and gamma, the strength of guidance
     sg             stop-gradient: held constant
 Shapes: x, z, n are images (B, C, H, W) of d = C H W values; a point of the plane is 2 x 1 x 1.
@@ -26,7 +25,7 @@ Shapes: x, z, n are images (B, C, H, W) of d = C H W values; a point of the plan
     The label num_classes is the null label, "any class". y=None is the same.
 The paper's equations, with theta the student's weights
     [7] v_G = u(f, 1 - delta)                     [8] the loss 1/2 E||F - sg(F - D_G)||^2
-    [9] its gradient, E[(dF/dtheta)^T D_G]        [10] KL(student's x_r || teacher's x_r) for all r
+    [9] its gradient, E[(dF/dtheta)^T D_G]        [10] KL(student's x_r || teacher's x_r) at each r
     [11] its gradient, E[(dF/dtheta)^T D_N], up to a weight for each r
 
 Commands to paste; the same command continues a run that was interrupted
@@ -63,11 +62,10 @@ from torchvision import datasets, utils
 from tqdm import tqdm
 
 # 1. The method -----------------------------------------------------------------------------------
-# A teacher is any function u(x, t, y) that returns a velocity. The student learns its flow map with
-# two losses: prediction compares v_G with u, correction compares v_N with u.
+# A teacher is any function u(x, t, y) that returns a velocity.
 # Why from noise alone: a guided or imperfect teacher passes through states that noised data rarely
-# reach (the teacher-data mismatch), so a student that trains on noised data, as in MeanFlow (arXiv
-# 2505.13447), hardly learns them. Only at t = 1 are every teacher's states known: they are N(0, I).
+# reach (the teacher-data mismatch), so a student of noised data, as in MeanFlow (arXiv 2505.13447),
+# hardly learns them. At t = 1 the states of any teacher are known: they are N(0, I).
 
 
 def expand(v):
@@ -84,8 +82,7 @@ class FlowMap:
     """The student: a network read as F, the average velocity from t = 1 to t = 1 - delta.
 
     Why it starts with the teacher's weights: over a jump of length 0 the average velocity is
-    u(z, 1), and F(z, 0) of the teacher's network is just that (without guidance).
-    """
+    u(z, 1), and F(z, 0) of the teacher's network is just that (a guided u(z, 1) differs)."""
 
     def __init__(self, network):
         self.network = network
@@ -96,7 +93,7 @@ class FlowMap:
         return self.network(z, 1 - delta, y, guidance)
 
     def f(self, z, delta, y=None, guidance=None):
-        """The map f(z, delta) = z + delta F(z, delta). f(z, 0) = z for any weights."""
+        """f(z, delta), (B, C, H, W). f(z, 0) = z for any weights."""
         return z + expand(delta) * self.F(z, delta, y, guidance)
 
 
@@ -106,7 +103,7 @@ METHODS = {"euler": 1, "heun": 2, "rk4": 4}  # evaluations of u in a step
 @torch.no_grad()
 def solve_ode(u, z, steps, method="heun", y=None, return_path=False, t=1.0, length=1.0):
     """Solve dx/ddelta = u(x, 1 - delta) from x = z, in `steps` equal steps, from time t down to
-    t - length, each a number or (B,). The default is from noise, t = 1, to the sample phi(z, 1).
+    t - length (numbers or (B,)). The default is from noise, t = 1, to the sample phi(z, 1).
     Returns the last state (B, C, H, W), or with return_path all steps + 1 states, stacked.
     Raises ValueError for no steps, or a method that is not in METHODS."""
     if steps < 1 or method not in METHODS:
@@ -131,7 +128,7 @@ def solve_ode(u, z, steps, method="heun", y=None, return_path=False, t=1.0, leng
 
 
 def guided(teacher, guidance, interval=(0.0, 1.0)):
-    """Classifier-free guidance: u_gamma = gamma u(.|y) + (1 - gamma) u(.|null), another teacher.
+    """Classifier-free guidance: u_gamma = gamma u(.|y) + (1 - gamma) u(.|null), itself a velocity.
     guidance: the strength gamma, (B,) or (1,), or None for the teacher itself. Outside of the
     interval of t the strength is 1."""
     if guidance is None:
@@ -139,7 +136,7 @@ def guided(teacher, guidance, interval=(0.0, 1.0)):
 
     def u(x, t, y=None):
         null = teacher(x, t)
-        # 1e-4: the t of a solver is rounded, its last may be -1e-7.
+        # 1e-4: a solver's t is rounded.
         is_inside = (interval[0] - 1e-4 <= t) & (t <= interval[1] + 1e-4)
         gamma = torch.where(is_inside, guidance, 1.0)
         return null + expand(gamma) * (teacher(x, t, y) - null)
@@ -155,26 +152,25 @@ def mean_square(D):
 @torch.no_grad()  # sg: D_G is a constant
 def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp", spacing=0.005,
                         F=None):
-    """Predict: D_G = v_G - u(f, 1 - delta) of [9], (B, C, H, W), with v_G = F + delta dF/ddelta.
-    If D_G = 0 for all z and delta [7], f solves the teacher's ODE from z, so f = phi.
+    """Predict: D_G = v_G - u(f, 1 - delta), (B, C, H, W), with v_G = F + delta dF/ddelta. If it is
+    0 for all z and delta [7], f solves the teacher's ODE from z, so f = phi.
 
     F: F(z, delta), if the caller has computed it. form: how dF/ddelta is computed, "jvp" (forward
     mode, exact) or "difference" (of F at delta + spacing and delta - spacing, one-sided at the
     ends). Raises ValueError for another form.
 
     Why a small D_G can leave a large error: u is evaluated at f, not at phi. So the error e = f -
-    phi has de/ddelta = D_G + (u(f) - u(phi)): D_G adds new error, and the field enlarges or
-    shrinks the old at the rate L = <e, u(f) - u(phi)> / ||e||^2. L > 0 where paths part, between
-    modes; inside of a narrow mode mostly L < 0. As d||e||/ddelta <= ||D_G|| + L ||e||,
-        ||e|| at delta = 1 <= integral over delta of ||D_G|| exp(integral of L from delta to 1).
-    """
+    phi has de/ddelta = D_G + (u(f) - u(phi)): D_G adds new error, and u enlarges or shrinks the
+    old at the rate L = <e, u(f) - u(phi)> / ||e||^2. L > 0 where paths part, between modes; inside
+    of a narrow mode mostly L < 0. As d||e||/ddelta = <e, de/ddelta> / ||e|| <= ||D_G|| + L ||e||,
+        ||e|| at delta = 1 <= integral over delta of ||D_G|| exp(integral of L from delta to 1)."""
     if F is None:
         F = student.F(z, delta, y, guidance)
     # Why a partial derivative: the jump starts at the fixed noise z, and only its end moves with
     # delta. (In MeanFlow the start moves, so its derivative also has a term (dF/dx_t) dx_t/dt.)
     if form == "jvp":
-        delta = delta.contiguous()  # a caller's may be expanded, which jvp refuses
-        # Plain attention, since fused attention has no forward-mode derivative.
+        delta = delta.contiguous()  # jvp refuses an expanded one
+        # Fused attention has no forward-mode derivative.
         with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
             _, dF = torch.func.jvp(
                 lambda d: student.F(z, d, y, guidance), (delta,), (torch.ones_like(delta),))
@@ -185,31 +181,30 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
         dF = dF / expand(high - low)
     else:
         raise ValueError(f"prediction_gradient: {form} is not jvp or difference")
-    # Why u is evaluated at f: a solution of the ODE has df/ddelta = u(f, 1 - delta) [7], and the
-    # student's own f costs neither data nor a solver.
-    # Why D_G is held constant (sg): [8] then moves F to a target, F - D_G = u(f) - delta dF/ddelta.
-    # A gradient through u(f) could instead move f to where u happens to be near v_G. One through
-    # dF/ddelta would need a second derivative.
+    # Why u at f: a solution of the ODE has df/ddelta = u(f, 1 - delta) [7], and the student's own f
+    # costs neither data nor a solver.
+    # Why sg: [8] then moves F to the target u(f) - delta dF/ddelta. A gradient through u(f) could
+    # instead move f to where u happens to be near v_G. One through dF/ddelta would be a second
+    # derivative.
     f = z + expand(delta) * F
     return F + expand(delta) * dF - u(f, 1 - delta, y)  # [7] as a residual: D_G of [9]
 
 
-@torch.no_grad()  # sg: D_N is constant too
+@torch.no_grad()  # sg
 def correction_gradient(v_N, u, x_r, r, y=None):
-    """Correct: D_N = v_N - u(x_r, r) of [11], a constant (B, C, H, W). D_G checks one point of a
-    path. D_N compares the student's samples, as a set, with the teacher's.
+    """Correct: D_N = v_N - u(x_r, r) of [11], (B, C, H, W). D_G checks one point of a path. D_N
+    compares the student's samples, as a set, with the teacher's.
 
     Why the loss F(z, 1) . D_N lowers the KL of [10], with s and s_u the scores (gradients of log p)
     of the student's x_r and of the teacher's:
-    1. Its gradient is E[(dx_r/dtheta)^T (s - s_u)], with dx_r/dtheta = (1 - r) dF/dtheta.
+    1. The KL's gradient is E[(dx_r/dtheta)^T (s - s_u)], with dx_r/dtheta = (1 - r) dF/dtheta.
+       (log p depends on theta too, but E[dlog p/dtheta] = 0.)
     2. Tweedie's formula: s = -E[n | x_r] / r. As n = x_r - (1 - r) (x - n), E[n | x_r] is
-       x_r - (1 - r) v_N. s_u is the same with u. So s - s_u = (1 - r) / r D_N.
-    The factors, together (1 - r)^2 / r > 0, are left out as in [11]: they only weight the r.
-    (s needs an exact critic. log p depends on theta too, but E[dlog p/dtheta] = 0.)
+       x_r - (1 - r) v_N for an exact critic. s_u is the same with u. So s - s_u = (1 - r) / r D_N.
+    The factors, (1 - r)^2 / r > 0, are left out as in [11]: they only set the weight of each r.
 
-    Why D_N need not be zero for a perfect student: s_u needs u = E[x - n | x_r], x the samples of
-    u's own ODE. A learned u is only near this mean, a guided u is another function.
-    """
+    Why D_N need not be zero for a perfect student: step 2 for s_u needs u = E[x - n | x_r] over the
+    samples x of u's own ODE. A learned u is only near this mean, a guided u is another function."""
     return v_N - u(x_r, r, y)  # D_N of [11]
 
 
@@ -217,31 +212,27 @@ EPS = 1e-3  # of decay and lambda; the paper's value is not known to us
 
 
 def decay(D, k):
-    """D / (||D||^2 / d + eps)^k of each sample. (MeanFlow does not divide by d: its eps differs.)
+    """D / (||D||^2 / d + eps)^k of each sample.
 
-    What k does: a residual of size m gets the size m^(1 - 2k). At k = 0 large ones dominate the
-    gradient, at 1/2 all samples count equally, at 1 large ones count less. (If m^2 is far below
-    eps, the divisor is constant.)
+    What k does: a residual of size m, m^2 = ||D||^2 / d, gets the size m^(1 - 2k). At k = 0 large
+    ones dominate the gradient, at 1/2 all samples count equally, at 1 large ones count less.
     Why decay: the paper's FID (DiT-B/2) is about 12 for each k without correction, with correction
-    43.5 for k = 0, 10.6 for 1/2 and 5.6 for 1. Our guess: the two losses disagree most where
-    residuals are large.
-    """
+    43.5 for k = 0, 10.6 for 1/2 and 5.6 for 1. Our guess: large residuals are where the two losses
+    disagree most."""
     return D / expand((mean_square(D) + EPS) ** k)
 
 
 class Distiller(nn.Module):
-    """The paper's loss. forward computes the loss of one training step, draw draws its batch.
-    (train and TrainState.update, section 6, change the weights; generator is there, too.)
+    """The paper's loss. draw draws the batch of a step, forward is its loss. (Section 6 trains it.)
 
     network: a velocity network, read as the student's F. critic: another, which learns v_N. It too
-    starts as a copy of the teacher: once the student has learned, v_N is near u. teacher:
+    starts as a copy of the teacher: once the student has learned, v_N is roughly u. teacher:
     u(x, t, y), never changed. config: a Config (section 5), with prediction jvp or difference.
 
-    Why the correction has its own guidance interval: the paper guides the correction's u only for r
-    up to 0.7, about half of all r, and has FID 5.6 (DiT-B/2), with [0, 1] 8.7. Our guess: as D_N is
-    not zero for a perfect student, a guided u makes samples too strongly guided and an unguided u
-    too weakly (measured on digits). Each for a part of the r balances the two.
-    """
+    Why the correction has its own guidance interval: the paper guides its u only for r up to 0.7,
+    about half of all r, and has FID 5.6 (DiT-B/2), with [0, 1] 8.7. As D_N is not zero for a
+    perfect student, a guided u makes guidance too strong, an unguided u too weak (measured on
+    digits). Our guess: a mix balances the two."""
 
     def __init__(self, network, critic, teacher, config):
         super().__init__()
@@ -249,34 +240,33 @@ class Distiller(nn.Module):
         self.config = config
 
     def forward(self, z_G, y_G, delta, z_N, y_N, r, n, guidance_G=None, guidance_N=None, **more):
-        """Rows _G (generating) predict, rows _N (noising) correct; n is noise. draw makes them.
-        more: of SolverDistiller. Returns loss and metrics."""
+        """Rows _G predict, rows _N correct. more: h, for SolverDistiller. Returns loss, metrics."""
         config, student = self.config, FlowMap(self.network)
         loss, metrics, D_G = 0.0, {}, None
         if len(z_G):  # Predict
             u = guided(self.teacher, guidance_G, config.guidance_interval)
             F = student.F(z_G, delta, y_G, guidance_G)
-            D_G = self.residual(student, u, F, z_G, delta, y_G, guidance_G, **more)  # of [9]
+            D_G = self.residual(student, u, F, z_G, delta, y_G, guidance_G, **more)
             metrics["prediction"] = mean_square(D_G).mean()
-            # Why F * sg(D): its gradient is that of [8], (dF/dtheta)^T D, up to 1/d, and D can be
-            # decayed first. Its value means nothing: watch ||D_G||^2.
-            loss = (F * decay(D_G, config.decay)).mean()  # its gradient is [9], decayed
+            # Why F * sg(D): its gradient is [9] up to 1/d, and D can be decayed. Its value means
+            # nothing: watch ||D_G||^2.
+            loss = (F * decay(D_G, config.decay)).mean()
         if len(z_N):  # Correct, at delta = 1: the paper found no gain at other delta
             u = guided(self.teacher, guidance_N, config.correction_interval)
             F = student.F(z_N, torch.ones_like(r), y_N, guidance_N)
             x = (z_N + F).detach()  # f(z, 1), one-step samples
-            # Why r lies near the noise (see draw; the median is sigmoid(0.8) = 0.69): with little
-            # noise the x_r of student and teacher hardly overlap where the student is wrong, and
-            # D_N cannot see modes that the student lacks. With much noise D_N can move whole modes.
+            # Why r lies near the noise (median sigmoid(0.8) = 0.69): with little noise the x_r of
+            # student and teacher hardly overlap, and D_N cannot see modes that the student lacks.
+            # (The paper's FID with r up to 0.6 only is 92, with these r 5.6.)
             x_r = interpolate(x, n, r)
-            # Why a critic: v_N has no closed form and changes at every step. Flow matching on fresh
-            # samples learns it, for the same labels and strengths. x is detached, so critic_loss
-            # trains the critic alone.
+            # Why a critic: v_N has no closed form and changes at every step. Flow matching learns
+            # it. x is detached, so critic_loss trains the critic alone.
             v_N = self.critic(x_r, r, y_N, guidance_N)
             critic_loss = (v_N - (x - n)).square().mean()
             D_N = correction_gradient(v_N, u, x_r, r, y_N)
             lambda_ = self.balance(D_G, D_N)
-            # D_N is not decayed: with a factor that depends on x_r it is no gradient of a KL.
+            # D_N is not decayed: with a factor for each x_r it is no gradient of a KL. (lambda is
+            # one number for all.)
             loss = loss + lambda_ * (F * D_N).mean()  # its gradient is [11]
             loss = loss + critic_loss
             metrics |= {"correction": mean_square(D_N).mean(), "critic": critic_loss,
@@ -284,18 +274,16 @@ class Distiller(nn.Module):
         return loss, metrics
 
     def residual(self, student, u, F, z, delta, y, guidance):
-        """D_G, (B, C, H, W). F is computed before, as the loss needs its graph; D_G has none."""
+        """D_G, (B, C, H, W), without a graph. F is F(z, delta), whose graph the loss needs."""
         return prediction_gradient(student, u, z, delta, y, guidance, self.config.prediction, F=F)
 
     def balance(self, D_G, D_N):
         """lambda = alpha E||D_G|| / (E||D_N|| + eps), the weight of the correction; alpha if there
         is no D_G. (Both norms are divided by sqrt(d), so that eps fits all d.)
 
-        Why lambda: both norms change in training. lambda D_N is alpha times as large as D_G (if not
-        near eps), so the correction fades as D_G does. We take D_G before its decay. With the
-        decayed one, of size ||D_G||^(1 - 2k), it would not fade at k = 1/2, and grow at k = 1.
-        The price: lambda is large when D_N is small, and then D_N is mostly error of the critic.
-        """
+        Why lambda: lambda D_N is alpha times as large as D_G, so the correction fades as D_G does.
+        (With the decayed D_G, of size ||D_G||^(1 - 2k), the correction would not fade at k = 1/2,
+        and grow at k = 1.) The price: when D_N is small, lambda enlarges the critic's error."""
         if D_G is None:
             return torch.tensor(self.config.alpha, device=D_N.device)
         norm_G = mean_over_processes(mean_square(D_G).sqrt().mean())
@@ -303,22 +291,21 @@ class Distiller(nn.Module):
         return self.config.alpha * norm_G / (norm_N + EPS)
 
     def draw(self, step):
-        """The batch of a step, from the prior alone: {name: tensor, one row for each sample}. With
-        guidance each row has a strength, an input of the student: one student serves them all."""
+        """The batch of a step, from the prior alone: {name: tensor, one row for each sample}."""
         config, classes, shape = self.config, self.network.num_classes, self.network.shape
-        g = generator(config.seed, STUDENT, step)  # its numbers depend on these three only
-        correct = config.corrections  # rows that correct
+        g = generator(config.seed, STUDENT, step)  # section 6
+        correct = config.corrections
         predict = config.batch_size - correct
         batch = {}
         for side, count in ("G", predict), ("N", correct):
-            y = torch.randint(max(1, classes), (count,), generator=g)  # no classes: 0 is null
+            y = torch.randint(max(1, classes), (count,), generator=g)  # of no classes 0 is null
             is_null = torch.rand(count, generator=g) < config.label_dropout
             batch[f"z_{side}"] = torch.randn(count, *shape, generator=g)
             batch[f"y_{side}"] = torch.where(is_null, classes, y)
             if config.is_guided:
                 strength = torch.rand(count, generator=g)
                 batch[f"guidance_{side}"] = 1 + (config.guidance_max - 1) * strength
-        # All of (0, 1], since [7] at one delta only tells how f changes there, not where it is.
+        # delta covers (0, 1], as [7] at one delta only tells how f changes there, not where it is.
         # Stratified for less variance: one row in each of `predict` equal parts, from 1 downwards.
         batch["delta"] = 1 - (torch.arange(predict) + torch.rand(predict, generator=g)) / predict
         batch["r"] = torch.sigmoid(config.r_location + torch.randn(correct, generator=g))
@@ -327,7 +314,6 @@ class Distiller(nn.Module):
 
 
 # 2. Teachers -------------------------------------------------------------------------------------
-# Flow matching trains a teacher of any data. Toys are Gaussian mixtures and also have an exact one.
 
 
 class GaussianMixture(nn.Module):
@@ -348,8 +334,8 @@ class GaussianMixture(nn.Module):
         """The exact u(x, t | y), (B, d, 1, 1). x_t is a mixture too, with means (1 - t) mu_k and
         variance (1 - t)^2 blur^2 + t^2. Given its component k, x - n and x_t are jointly Gaussian
         with means mu_k and (1 - t) mu_k. So E[x - n | x_t] is mu_k + slope (x_t - (1 - t) mu_k),
-        with slope = Cov(x - n, x_t) / Var(x_t). As this is linear in mu_k, its mean over k has
-        E[mu_k | x_t] in place of mu_k."""
+        with slope = Cov(x - n, x_t) / Var(x_t). As this is linear in mu_k, its mean over k, given
+        x_t, has E[mu_k | x_t] in place of mu_k."""
         x_t = x.flatten(1)
         t = t[:, None]
         variance = (1 - t) ** 2 * self.blur**2 + t**2
@@ -371,7 +357,7 @@ class GaussianMixture(nn.Module):
 
     def coverage(self, x):
         """For points (N, d, 1, 1): the share outside, farther than 3.5 blurs from every component;
-        and, of the label where this is smallest, points inside divided by points expected."""
+        and the smallest, over labels, of points inside / points expected."""
         distance, nearest = torch.cdist(x.flatten(1), self.means).min(1)
         is_inside = distance <= 3.5 * self.blur
         expected = self.labels.bincount() * len(x) / len(self.labels)  # of each label
@@ -406,8 +392,7 @@ class FlowMatching(nn.Module):
 
 
 class Embedder(nn.Module):
-    """A number per sample, (B,) -> (B, E): cosines and sines, then a small MLP. t is in [0, 1], as
-    in SiT. (DiT's runs to 999. With waves as fast as that dF/ddelta would have larger errors.)"""
+    """A number per sample, (B,) -> (B, E): cosines and sines, then an MLP. t is in [0, 1]."""
 
     def __init__(self, E):
         super().__init__()
@@ -416,8 +401,7 @@ class Embedder(nn.Module):
     def forward(self, v):
         frequencies = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=v.device))
         angle = v[:, None] * frequencies  # (B, 128)
-        # Kept in float32: with embedders and last layer in bfloat16 the error of D_G is 1.5 times
-        # as large.
+        # In bfloat16, here and in the last layer, the error of D_G would be 1.5 times as large.
         with torch.autocast(v.device.type, enabled=False):
             return self.mlp(torch.cat([angle.cos(), angle.sin()], 1))
 
@@ -441,7 +425,7 @@ class Block(nn.Module):
 
     def attention(self, x):
         B, T, E = x.shape
-        if T == 1:  # for speed: one token attends only to itself, attention returns its value
+        if T == 1:  # for speed: attention of one token returns its value
             value = nnf.linear(x, self.attn.qkv.weight[2 * E :], self.attn.qkv.bias[2 * E :])
             return self.attn.proj(value)
         qkv = self.attn.qkv(x).view(B, T, 3, -1, self.head_dim)
@@ -458,15 +442,14 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """u(x, t | y), and with guidance=True u(x, t | y, gamma). fourier: sines and cosines of x, with
-    which a small network draws the sharp edges of a toy. center, scale: not used here, but kept to
-    map samples back to the user's coordinates (GaussianMixture, to_view)."""
+    """u(x, t | y), and with guidance=True u(x, t | y, gamma). fourier: sines and cosines of x, for
+    the sharp edges of toys. center, scale: of GaussianMixture, used by to_view."""
 
     def __init__(self, input_size=1, in_channels=2, num_classes=8, hidden_size=64, depth=3,
                  num_heads=1, patch_size=1, qk_norm=False, guidance=False, fourier=False,
                  center=0.0, scale=1.0):
         super().__init__()
-        # The arguments, for checkpoints. (super() makes __class__ a local name.)
+        # The arguments, for checkpoints.
         self.settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         E, p, C = hidden_size, patch_size, in_channels
         self.shape, self.num_classes = (C, input_size, input_size), num_classes
@@ -480,16 +463,15 @@ class DiT(nn.Module):
         self.register_buffer("pos_embed", torch.cat([columns, rows], 1)[None].float())  # (1, T, E)
         self.t_embedder = Embedder(E)
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, E)})
-        # None keeps the place: if from_teacher fills it later, parameters have the same order as
-        # in a network that is built with guidance. Saved states of optimizers rely on the order.
+        # None keeps its place in the order of parameters, on which saved optimizers rely.
         self.register_module("guidance_embedder", Embedder(E) if guidance else None)
         self.blocks = nn.ModuleList(Block(E, num_heads, qk_norm) for _ in range(depth))
         self.final_layer = nn.ModuleDict({
             "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(E, 2 * E)),
             "linear": nn.Linear(E, p * p * C)})
         self.activation_checkpointing = False
-        # As in DiT, blocks start as the identity and the output as zero. Unlike there, embedders
-        # start at a scale that follows their sizes: with DiT's 0.02 a narrow network learns slowly.
+        # As in DiT, blocks start as the identity and the output as zero. Embedders start larger
+        # than there, as with 0.02 a narrow network learns slowly.
         for name, parameter in self.named_parameters():
             if name.endswith("bias") or "adaLN_modulation" in name or "final_layer" in name:
                 nn.init.zeros_(parameter)
@@ -500,7 +482,7 @@ class DiT(nn.Module):
 
     @staticmethod
     def from_teacher(teacher, guidance=False):
-        """A copy of the teacher. An input for guidance changes nothing yet: its last layer is 0."""
+        """A copy of the teacher. A new input for guidance has no effect, its last layer is 0."""
         network = copy.deepcopy(teacher).requires_grad_()
         if guidance and network.guidance_embedder is None:
             network.settings["guidance"] = True
@@ -511,7 +493,7 @@ class DiT(nn.Module):
 
     def forward(self, x, t, y=None, guidance=None):
         """x (B, C, H, W); t (B,) or (1,) in [0, 1]; y: None is the null label; guidance: None is
-        strength 1 -> (B, C, H, W). Raises ValueError for guidance without an input."""
+        strength 1. Returns (B, C, H, W). Raises ValueError for guidance without an input."""
         if y is None:
             y = torch.full((1,), self.num_classes, device=x.device)
         condition = self.t_embedder(t) + self.y_embedder.embedding_table(y)
@@ -554,7 +536,7 @@ def make_toy(name):
     grid = [x / 6 + 1j * y / 6 for x in range(6) for y in range(6)]  # fills a cell
     board = torch.tensor(cells)[:, None] + (torch.tensor(grid) + (1 + 1j) / 12)
     moon = 1.4 * circle[:96] - (0.7 + 0.35j)  # half a circle; -moon is the other moon
-    part = ((torch.arange(96) + 0.5) / 96).sqrt()  # of an arm's radius: nearly even along the arm
+    part = ((torch.arange(96) + 0.5) / 96).sqrt()  # of the radius: nearly even steps along an arm
     arm = torch.polar(2 * part, 6 * part)  # radius, angle
     means, blur = {
         "checkerboard": (board, 0.08),
@@ -590,12 +572,10 @@ class ImageData:
 
 
 # 5. Settings -------------------------------------------------------------------------------------
-# One dataclass holds every setting, with its range and a line of help. The flags are made from it.
 
 
 class UserError(Exception):
-    """Something the user can correct: (message,) for what fails while running, exit status 1, or
-    (message, 2) for a wrong command. main prints the message."""
+    """The user can correct it: (message,), exit status 1, or (message, 2), a wrong command."""
 
 
 def option(default, help, low=-(10**10), high=10**10, choices=None):
@@ -691,8 +671,7 @@ class Config:
             raise UserError("--stage teacher trains one: remove --teacher and --student", 2)
         if self.hidden_size % (4 * self.num_heads):
             raise UserError("--hidden-size: give a multiple of 4 x --num-heads", 2)
-        # A difference of two near values of F has few correct digits in bfloat16, and so has
-        # the exact velocity.
+        # In bfloat16 a difference of near values and the exact velocity have few correct digits.
         if self.precision == "bfloat16" and (self.prediction == "difference" or self.exact_teacher):
             raise UserError("--prediction difference, --exact-teacher: give --precision float32", 2)
         if self.guidance > self.guidance_max:
@@ -720,9 +699,8 @@ PICTURES = {"patch_size": 2, "hidden_size": 384, "depth": 12, "num_heads": 6, "e
             "guidance_max": 4.0, "guidance": 2.0, "correction_interval": (0.0, 0.7),
             "precision": "bfloat16", "eval_samples": 5000}
 PRESETS = {
-    # label_dropout: toys are trained mostly, and measured, without labels. (With its label each
-    # cell of the board would be an easy problem of its own.) t_location: sharp edges are learned at
-    # small t.
+    # label_dropout: toys are trained mostly, and measured, without labels, which make them easy.
+    # t_location: sharp edges are learned at small t.
     "toy2d": {"label_dropout": 0.9, "t_location": -0.8, "teacher_steps": 1000, "steps": 1400,
               "teacher_learning_rate": 8e-3, "learning_rate": 0.01, "critic_learning_rate": 0.016},
     "mnist": PICTURES,
@@ -731,14 +709,12 @@ PRESETS = {
                  "teacher_learning_rate": 1e-4, "guidance_max": 3.0, "guidance": 1.4,
                  "ema_decay": 0.9999, "activation_checkpointing": True},
 }
-# The recipe paper is the defaults of Config. Of these, prediction (jvp or difference), decay, alpha
-# (0.3 to 3), correction_share and r_location are the paper's, and in PICTURES correction_interval.
-# All other values are ours. The recipe fast is ours, measured on small models.
+# The recipe paper is the defaults of Config. The paper's own are prediction, decay, alpha (it names
+# 0.3 to 3), correction_share, r_location, and in PICTURES correction_interval. The rest is ours.
 RECIPES = {"paper": {},
            "fast": {"prediction": "solver", "decay": 0.5, "alpha": 0.3, "delta_scale": 2.0,
                     "ema_target": True, "correction_share": 0.125}}
-# Minutes on two cores. With these learning rates and alpha 1, training on digits becomes unstable
-# if the student corrects from the start.
+# Minutes on two cores. With these learning rates alpha 1 is unstable on digits.
 SMALL = {"hidden_size": 96, "depth": 4, "num_heads": 3, "patch_size": 4, "batch_size": 32,
          "teacher_steps": 5000, "teacher_learning_rate": 2e-3, "steps": 4000, "eval_samples": 500,
          "learning_rate": 2e-3, "critic_learning_rate": 2e-3, "ema_decay": 0.995, "alpha": 0.3,
@@ -747,8 +723,7 @@ QUICK = {"toy2d": {"teacher_steps": 300, "steps": 300}, "mnist": SMALL, "cifar10
 
 
 def make_config(dataset="toy2d", recipe="", quick=False, **given):
-    """The settings of a data set. recipe: "paper" or "fast"; by default fast for toys, otherwise
-    paper. given: settings that win over all others."""
+    """The settings of a data set. recipe: "paper" or "fast". given wins over all others."""
     recipe = recipe or ("fast" if dataset == "toy2d" else "paper")
     sizes = QUICK.get(dataset, {}) if quick else {}
     settings = {**PRESETS[dataset], **RECIPES[recipe], **sizes, **given}
@@ -756,7 +731,6 @@ def make_config(dataset="toy2d", recipe="", quick=False, **given):
 
 
 # 6. Training -------------------------------------------------------------------------------------
-# One loop for both stages, and for any module with .network, .draw(step) and forward(**batch).
 
 # torchrun sets these. Without torchrun the environment may hold an old RANK.
 LAUNCH = os.environ if distributed.is_torchelastic_launched() else {}
@@ -766,22 +740,18 @@ WARMUP = 100  # steps in which the learning rate rises
 CLIP = 1.0  # largest norm of the gradient of a network
 LOG_INTERVAL = 50  # steps between lines of the log
 CHECKPOINT_INTERVAL = 500  # steps that are lost at most if a run is killed
-# Shown beside the progress bar, and as curves: {metric: title}. A title's first word gives the
-# colour of its curve.
+# Beside the progress bar, and as curves: {metric: title}, whose first word gives the colour.
 SHOWN = {"flow_matching": "teacher: flow matching loss",
          "prediction": "student: prediction residual² / d",
          "correction": "critic: ||v_N - u||² / d",
          "endpoint_error": "student: endpoint error"}
-
-
 TEACHER, STUDENT, WEIGHTS, EVALUATION, SAMPLING = range(5)  # streams of random numbers
 
 
 def generator(*key):
     """A random generator that depends only on the integers in `key`: seed, stream, step. So an
-    interrupted run continues with the same numbers. And all processes draw the same batch and take
-    their own rows of it, and loss, gradients and lambda's norms are means over processes: how many
-    there are changes results by rounding only. (--micro-batches changes lambda, see train.)"""
+    interrupted run continues with the same numbers. And all processes draw the same batch, of which
+    each takes its own rows: their number changes results by rounding only."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
@@ -794,29 +764,26 @@ def mean_over_processes(v):
 
 
 def device_of(network):
-    """The device of a network's weights."""
     return next(network.parameters()).device
 
 
 class SolverDistiller(Distiller):
     """The form solver, ours, of recipe fast. Skip it at first. It evaluates u more often, but needs
-    no dF/ddelta, which is less exact than F, as training fits F only:
-        start = f(z, delta - h)    a jump; with ema_target by the averaged weights, whose errors
-                                   are smaller
+    no dF/ddelta, which is less exact than F (training fits F, not its derivative):
+        start = f(z, delta - h)    a jump; with ema_target by the averaged weights
         end                        where the teacher's ODE leads from start, by the solver
     (f(z, delta) - end) / delta takes the place of D_G, also in lambda: it moves f(z, delta) to
-    `end`. For small h and without ema_target it is (h / delta) D_G. Why h is long: the jump to
-    start brings the student's errors along, only the solver's part of the path is the teacher's.
-    As the target is a place, not a slope, f(z, 1) can be trained itself: recipe fast has delta = 1
-    in half of these rows.
-    """
+    `end`. For small h, end is f(z, delta - h) + h u, so this is (h / delta) D_G. Why h is long: the
+    jump to start brings the student's errors along, only the solver's part is the teacher's. As the
+    target is a place, not a slope, f(z, 1) can be trained itself: recipe fast has delta = 1 in half
+    of these rows."""
 
     ema_student = None  # set by train for ema_target: a FlowMap of averaged weights
 
     def draw(self, step):
         config, batch = self.config, super().draw(step)
         delta = (config.delta_scale * batch["delta"]).clamp(1e-3, 1)  # residual divides by it
-        g = generator(config.seed, STUDENT, step, 1)  # other numbers than those of super
+        g = generator(config.seed, STUDENT, step, 1)  # not the numbers of super
         h = config.solver_interval * (1 + torch.rand(len(delta), generator=g)) / 2
         return {**batch, "delta": delta, "h": torch.minimum(h, delta)}  # h = delta: from z on
 
@@ -829,7 +796,7 @@ class SolverDistiller(Distiller):
 
 def make_distiller(teacher, config, exact=None, start=None):
     """A Distiller whose student and critic start as copies of the network `teacher`. exact: a
-    velocity to learn instead of the teacher's. start: a network to start the student from."""
+    velocity to learn, if not the teacher's. start: a network to start the student from."""
     network = DiT.from_teacher(start or teacher, config.is_guided)
     critic = DiT.from_teacher(teacher, config.is_guided) if config.corrections else None
     kind = SolverDistiller if config.prediction == "solver" else Distiller
@@ -837,14 +804,14 @@ def make_distiller(teacher, config, exact=None, start=None):
 
 
 class TrainState:
-    """What training has reached: networks, average of the weights, optimizer, step and log. path: a
-    checkpoint to go on from, if it is there."""
+    """Networks, average, optimizer, step and log. path: a checkpoint to continue, if it exists."""
 
     def __init__(self, module, config, path=None):
         self.step, self.log = 0, []
         self.ema = copy.deepcopy(module.network).requires_grad_(False)
-        trained = {k: v for k in ("network", "critic") if (v := getattr(module, k, None))}
-        # requires_grad_: networks of earlier training, such as load_student's, are frozen.
+        children = dict(module.named_children())  # without a critic that is None
+        trained = {name: children[name] for name in ("network", "critic") if name in children}
+        # requires_grad_: load_student's network is frozen.
         groups = [{"params": list(v.requires_grad_().parameters())} for v in trained.values()]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.parts = {**trained, "ema": self.ema, "optimizer": self.optimizer}  # of a checkpoint
@@ -861,9 +828,8 @@ class TrainState:
                 self.step, self.log = saved["step"], saved["log"]
 
     def update(self, loss, config):
-        """One step of weights and average, by the gradients that are there. The learning rate is
-        the peak times a linear rise times a linear fall to 0. Returns whether loss and gradients
-        are finite; if not, the step is skipped."""
+        """One step of weights and average, by the gradients in .grad. Returns whether loss and
+        gradients are finite; if not, the step is skipped."""
         groups = self.optimizer.param_groups  # one for each network that is trained
         norms = [nn.utils.clip_grad_norm_(group["params"], CLIP) for group in groups]
         is_finite = torch.stack([loss, *norms]).isfinite().all().item()
@@ -881,8 +847,7 @@ class TrainState:
         return is_finite
 
     def write(self, path, config):
-        """Process 0 writes a checkpoint, and the log beside it. No state of a random generator is
-        needed, since draw(step) depends on seed and step only."""
+        """Process 0 writes a checkpoint, and the log beside it."""
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         checkpoint = {"kind": path.stem, "config": dataclasses.asdict(config), "log": self.log,
                       "settings": self.ema.settings, "step": self.step, **parts}
@@ -896,21 +861,18 @@ def train(module, config, state=None):
     yields (step, metrics, state) after every step, from 1 on. state.ema is the averaged network.
 
     module.draw(step) -> {name: tensor, one row for each sample}. module(**batch) -> scalar loss,
-    {name: scalar tensor}. state: that of an earlier train of this module, to go on.
+    {name: scalar tensor}. state: the one that an earlier train of this module yielded, to go on.
     Loss, gradients and metrics are means over processes and micro-batches, which need equally many
-    rows. (lambda is computed for each micro-batch, over all processes.) A step that is not finite
-    is skipped; ten consecutive ones raise UserError.
-    """
+    rows. A step that is not finite is skipped; ten consecutive ones raise UserError."""
     state = state or TrainState(module, config)
     skipped = 0  # consecutive steps
     if config.ema_target:
         module.ema_student = FlowMap(state.ema)
     device = device_of(module.network)
-    # Why DDP wraps the loss, not a network: DDP averages gradients only if its own forward is
-    # called. The loss calls module.network itself and would bypass a DDP around that. Each process
-    # would then train on its own rows only, without a warning.
+    # Why DDP wraps the loss: DDP averages gradients only if its own forward is called. The loss
+    # calls module.network itself and would bypass a DDP around that, without a warning.
     parallel = module
-    if WORLD > 1:  # as_bucket_view: without a second copy of the gradients
+    if WORLD > 1:  # bucket_view: no second copy of the gradients
         parallel = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
     count = config.micro_batches
     while state.step < config.steps:
@@ -921,7 +883,7 @@ def train(module, config, state=None):
             part = {name: v[rows].to(device) for name, v in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16"):
                 loss, metrics = parallel(**part)
-            # DDP averages all of .grad. What earlier parts left is equal everywhere: it stays.
+            # DDP averages .grad again: what earlier parts left is the average already.
             (loss / count).backward()
             values.append(torch.stack([loss, *metrics.values()]).detach())
         loss, *means = mean_over_processes(torch.stack(values).mean(0))
@@ -958,7 +920,7 @@ def jump(student, z, y=None, guidance=None):
 
 
 def sample(student, N, y=None, guidance=None, generator=None):
-    """N one-step samples (N, C, H, W) by one evaluation. y, guidance: (N,), (1,) or None."""
+    """N one-step samples (N, C, H, W). y, guidance: (N,), (1,) or None."""
     return jump(student, draw_noise(student.network, N, generator), y, guidance)
 
 
@@ -972,15 +934,14 @@ def student_path(student, z, points, y=None, guidance=None):
 def search_noise(student, reward, N, y=None, guidance=None, generator=None, keep=1):
     """Draw N noises, return those `keep` whose samples have the largest rewards, best first.
     reward: (N, C, H, W) -> (N,). The paper's inference-time scaling: a noise costs one evaluation,
-    and from the noises that are found the teacher draws nearly the same samples."""
+    and the teacher's samples from the noises that are found are nearly the same."""
     z = draw_noise(student.network, N, generator)
     rewards = reward(jump(student, z, y, guidance)).view(N)
     return z[rewards.topk(keep).indices]
 
 
 def relative_error(found, truth, reference=None):
-    """sqrt(E||found - truth||^2 / E||s - mean s||^2). s: a set whose spread is the unit, the
-    reference if there is one, otherwise the truth."""
+    """sqrt(E||found - truth||^2 / E||s - mean s||^2), s the reference, or the truth if None."""
     if reference is None:
         reference = truth
     variance = (reference - reference.mean(0)).square().mean()
@@ -998,8 +959,7 @@ def sliced_w2(a, b, count=128):
 
 def conditions(network, config, N):
     """Label and strength of N samples that are measured. Labels: 0, 1, 2, ... in turn (N,), or the
-    null label (1,) if most of an unguided training had it. Strength: (1,), None without guidance.
-    """
+    null label (1,) if most of an unguided training had it. Strength: (1,), or None."""
     y = torch.arange(N, device=device_of(network)) % max(1, network.num_classes)
     if config.is_guided:
         return y, torch.tensor([config.guidance], device=y.device)
@@ -1009,8 +969,7 @@ def conditions(network, config, N):
 
 
 def endpoint_score(teacher, network, config):
-    """Returns score(learned), the endpoint error of a student, for the log. Its noises and the ends
-    of the teacher's paths are computed here, once. network: any of the student's sizes."""
+    """Returns score(learned), a student's endpoint error. The teacher's paths are solved once."""
     N = max(64, 2000 // math.prod(network.shape))
     y, strength = conditions(network, config, N)
     u = guided(teacher, strength, config.guidance_interval)
@@ -1023,10 +982,7 @@ def evaluate(student, teacher, data, config, out, log):
     """Compare student and teacher: metrics.json, pictures, and the main numbers on the screen.
     Endpoint error: from the student's sample to the end of the teacher's path from the same noise.
     SW2: from the student's samples to the teacher's from other noises, divided by its floor, the
-    SW2 of two such sets of the teacher. "SW2 to data" is divided by the SW2 of two sets of data.
-    (With labels, all are sampled equally often: if classes of the data have unequal sizes, this
-    adds to the distance.)
-    """
+    SW2 of two such sets of the teacher. "SW2 to data" is divided by the SW2 of two sets of data."""
     N, network = config.eval_samples, student.network
     y, strength = conditions(network, config, N)
     u = guided(teacher, strength, config.guidance_interval)
@@ -1059,8 +1015,7 @@ def evaluate(student, teacher, data, config, out, log):
 
 
 # 8. Pictures -------------------------------------------------------------------------------------
-# Each thing has the same colour everywhere. Functions return a Figure, which a notebook shows after
-# %matplotlib inline. (Without pyplot, which would change the settings of a session.)
+# Functions return a Figure, which a notebook shows after %matplotlib inline.
 
 COLORS = {"data": "#4d4d4d", "teacher": "#2166ac", "student": "#e08214", "critic": "#7b3294"}
 
@@ -1150,7 +1105,7 @@ def plot_error(errors):
 
 
 def plot_losses(log):
-    """The teacher's loss, the student's residuals and endpoint error, from the lines of a log."""
+    """The curves of SHOWN, from the lines of a log."""
     figure = Figure((16, 3.6), layout="constrained")
     for axis, (name, title) in zip(figure.subplots(1, len(SHOWN)), SHOWN.items()):
         lines = [line for line in log if name in line]
@@ -1193,7 +1148,6 @@ def save_pictures(network, metrics, sets, path, jumps, out):
 
 
 # 9. Files -----------------------------------------------------------------------------------------
-# What is read from files and written to them; files of SiT and REPA. Skip at first.
 
 
 @contextlib.contextmanager
@@ -1217,11 +1171,11 @@ def save(path, write):
 
 
 def load_points(path):
-    """The rows of an N x 2 array as narrow Gaussians without labels. They may lie anywhere and have
-    any scale: each coordinate is standardised, and samples are mapped back. Raises UserError."""
+    """The rows of an N x 2 array, standardised, as narrow Gaussians. Samples are mapped back.
+    Raises UserError."""
     with explained(f"--toy {path}: give one of {TOYS} or FILE.npy, N x 2 finite numbers that vary"):
         points = np.load(path, allow_pickle=False).astype(np.float64)
-        scale = points.std(0)  # of equal numbers it may be 1e-15, so ptp tells whether they vary
+        scale = points.std(0)  # of equal numbers it may be 1e-15, and ptp is 0
         if points.shape[1:] != (2,) or not np.isfinite(scale).all() or not np.ptp(points, 0).all():
             raise ValueError(f"shape {points.shape}, standard deviations {scale}")
     means = torch.as_tensor((points - points.mean(0)) / scale, dtype=torch.float32)
@@ -1276,7 +1230,7 @@ def load_network(path, kind, device="cpu", teacher_format="", num_heads=0):
             raise ValueError(f"it is a {file['kind']}")
         if not all(v.isfinite().all() for v in file["ema"].values()):
             raise ValueError("its weights are not all finite")
-        with torch.device("meta"):  # without drawing random weights first: XL is large
+        with torch.device("meta"):  # random weights would take time
             network = DiT(**file["settings"])
         network.load_state_dict({k: v.float() for k, v in file["ema"].items()}, assign=True)
     return network.to(device).requires_grad_(False), file
@@ -1294,17 +1248,14 @@ def load_student(path, device="cpu"):
 
 
 # Public teachers. SiT (arXiv 2401.08740) and REPA (arXiv 2410.06940) are DiTs with the same names.
-# What differs is folded into their weights. SiT's time runs the other way: u(x, t) = SiT(x, 1 - t).
-# REPA's velocity is n - x: u(x, t) = -REPA(x, t).
-# Tensors may fit both, so the user tells which of the two a file is. A wrong --teacher-format is
-# found by tensors that do not fit, or samples that do not look like data (open_teacher).
+# What differs is folded into their weights: u(x, t) = SiT(x, 1 - t) and u(x, t) = -REPA(x, t).
+# Tensors may fit both, so the user tells which of the two a file is. open_teacher checks samples.
 FIRST = "x_embedder.proj.weight"  # a tensor that every DiT has
 
 
 def find_tensors(file):
-    """Returns (prefix, tensors) of the network in a file. Training scripts put it in dicts, DDP and
-    others put words before the names: the prefix is all before FIRST, such as "ema.module.". Of
-    several networks the averaged one is taken. Raises ValueError if there is not exactly one."""
+    """Returns (prefix, tensors) of the only network in a file, or the only averaged one, also in
+    nested dicts. prefix: all before FIRST, such as "ema.module.". Raises ValueError otherwise."""
     flat = dict(file)
     while nested := [name for name, v in flat.items() if isinstance(v, dict)]:
         for name in nested:
@@ -1318,9 +1269,8 @@ def find_tensors(file):
 
 
 def read_public(file, teacher_format="", num_heads=0):
-    """A SiT or REPA file as {"ema": tensors of u(x, t), "settings": of a DiT, "format",
-    "has_null": whether there is a null label}. file: a state dict, or a training script's dict.
-    The other arguments are those of load_teacher. Raises ValueError for files of other models."""
+    """A SiT or REPA file as {"ema": tensors of u(x, t), "settings": of a DiT, "format", "has_null":
+    whether there is a null label}. Raises ValueError for files of other models."""
     prefix, tensors = find_tensors(file)
     if teacher_format not in ("sit", "repa"):
         raise ValueError("give --teacher-format sit or repa")
@@ -1339,7 +1289,7 @@ def read_public(file, teacher_format="", num_heads=0):
         tensors["t_embedder.mlp.0.weight"] = torch.cat(
             [of_cos * w.cos() + of_sin * w.sin(), of_cos * w.sin() - of_sin * w.cos()], 1)
         _, C, p, _ = tensors[FIRST].shape
-        for name in outputs:  # a second half of the output channels, if there is one, is not used
+        for name in outputs:  # a second half of the channels is not used
             tensors[name] = tensors[name].unflatten(0, (p * p, -1))[:, :C].flatten(0, 1)
     else:
         encoder = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
@@ -1358,8 +1308,7 @@ def read_public(file, teacher_format="", num_heads=0):
 
 
 def infer_settings(tensors, num_heads=0):
-    """Settings of a DiT with these tensors. Without qk_norm no tensor tells the number of heads:
-    then it is that of a SiT or REPA of this width."""
+    """Settings of a DiT with these tensors. Heads, if no tensor tells them, as in SiT and REPA."""
     E, C, p, _ = tensors[FIRST].shape
     heads = num_heads or (16 if E == 1152 else max(1, E // 64))  # XL has 16
     qk_norm = "blocks.0.attn.q_norm.weight" in tensors
@@ -1372,7 +1321,7 @@ def infer_settings(tensors, num_heads=0):
 
 
 # 10. Runs and the command line --------------------------------------------------------------------
-# main, at the end, calls run_training or run_sampling. Skip at first.
+# main, at the end, calls run_training or run_sampling.
 
 
 def make_parser():
@@ -1394,9 +1343,8 @@ def make_parser():
 UNNAMED = {"stage", "out", "debug", "teacher_format", "trust_teacher", "guidance", "device",
            "compile", "micro_batches", "activation_checkpointing", "eval_samples", "samples",
            "sample_seed", "classes"}
-# With --out these may change too: learning rates, to go on after steps that are not finite. (recipe
-# and quick: the settings that they choose are compared.) steps may not, as learning rates fall over
-# all of them: for more, start a new run from --teacher and --student.
+# With --out learning rates may change too, to go on after steps that are not finite. (steps may
+# not, as learning rates fall over all of them: start a new run from --teacher and --student.)
 MAY_CHANGE = UNNAMED | {"learning_rate", "teacher_learning_rate", "critic_learning_rate",
                         "recipe", "quick"}
 
@@ -1421,8 +1369,7 @@ def check_settings(place, theirs, mine, may_differ=()):
 def claim_folder(folder, config, **sources):
     """Compare config.json in the folder of a run, if there is one, and write it. sources: sums of
     data, --teacher and --student, compared in place of the names of their files. Returns a lock, to
-    be used by `with`. Raises UserError if another run or process has the folder. Each process has
-    a lock of its own and compares, so that all end with the same error."""
+    be used by `with`. Raises UserError, in all processes, if another run or process has it."""
     mine = {**dataclasses.asdict(config), **sources}
     file = folder / "config.json"
     with explained(f"{folder} cannot be used: wait for its other process, or give another --out"):
@@ -1453,10 +1400,9 @@ def open_teacher(given, device):
     network, file = load_network(given["teacher"], "teacher", device, *told)
     if RANK == 0:
         print(f"{given['teacher']}: {file.get('format', 'fmd')}, {network.settings}")
-    # Samples of a public file must look like pictures or latents. A file read in a wrong way would
-    # still get good scores, since they compare the student with it. Two signs of it: neighbouring
-    # values without correlation (REPA read as SiT, or SiT as REPA; data has more than 0.5), and a
-    # spread of 2 (a network that predicts noise, u = n, gives 2z; data has about 1).
+    # A file read in a wrong way would still get good scores: they compare the student with it. Two
+    # signs of it: neighbouring values without correlation (data has more than 0.5), and a spread of
+    # 2 (a network that predicts noise, u = n, gives 2z; data has about 1).
     if "format" in file and not given.get("trust_teacher"):
         y = torch.arange(16, device=device) % max(1, network.num_classes)
         x = solve_ode(network, draw_noise(network, 16, generator(0)), 8, y=y)
@@ -1482,7 +1428,6 @@ def run_training(given, device):
     teacher = open_teacher(given, device) if given.get("teacher") else None
     config = make_config(**given)
     start = load_student(config.student, device).network if config.student else None
-    # Sums are cheap fingerprints: they tell one teacher, student or data set from another.
     sources = {name: f"of sum {network.final_layer.linear.weight.cpu().double().sum()}"
                for name, network in (("teacher", teacher), ("student", start)) if network}
     data = None
@@ -1499,20 +1444,18 @@ def run_training(given, device):
         raise UserError("--student: give its --teacher too, and its sizes and guidance", 2)
     if config.exact_teacher and not getattr(data, "has_density", False):
         raise UserError("--exact-teacher: only toys have one, with 2000 points at most", 2)
-    # The mean of the losses of unequal parts would not be the loss of the batch.
     parts = WORLD * config.micro_batches
     if config.batch_size % parts or config.corrections % parts:
         raise UserError(f"--batch-size {config.batch_size}, {config.corrections} of it correct: "
                         f"give multiples of {parts}, processes x --micro-batches", 2)
-    if config.dataset == "toy2d":  # more threads gain nothing on networks as small as these
+    if config.dataset == "toy2d":  # more threads gain nothing
         torch.set_num_threads(1)
     with claim_folder(out, config, **sources):
         run_stages(network, start, data, config, out)
 
 
 def run_stages(teacher, start, data, config, out):
-    """The stages of a run; one that is finished is only loaded. teacher: a network, trained first
-    unless it is that of --teacher. start: the network of --student, or None."""
+    """The stages of a run; a finished one is loaded. teacher: untrained, unless from --teacher."""
     log = []
     if not config.teacher:
         first = dataclasses.replace(config, steps=config.teacher_steps,
@@ -1570,9 +1513,8 @@ def run_stage(kind, module, config, out, score=None):
 
 
 def run_sampling(given, device):
-    """Draw samples of the student in the folder of these flags: samples.png, and samples.npz in the
-    layout of ADM's evaluation: arr_0 is uint8 pictures or latents (N, H, W, C), or points (N, 2);
-    arr_1 is labels (N,). One evaluation a sample: process 0 computes them all."""
+    """Draw samples of the student in the folder of these flags: samples.png, and samples.npz (ADM's
+    layout): arr_0, uint8 pictures or latents (N, H, W, C), or points (N, 2); arr_1, labels (N,)."""
     if RANK > 0:
         return
     out = name_folder(given)
