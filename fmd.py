@@ -443,7 +443,7 @@ class Block(nn.Module):
 
 class DiT(nn.Module):
     """u(x, t | y), and with guidance=True u(x, t | y, gamma). fourier: sines and cosines of x, for
-    the sharp edges of toys. center, scale: of GaussianMixture, used by to_view."""
+    the sharp edges of toys. center, scale: of GaussianMixture, used by run_sampling."""
 
     def __init__(self, input_size=1, in_channels=2, num_classes=8, hidden_size=64, depth=3,
                  num_heads=1, patch_size=1, qk_norm=False, guidance=False, fourier=False,
@@ -740,7 +740,7 @@ WARMUP = 100  # steps in which the learning rate rises
 CLIP = 1.0  # largest norm of the gradient of a network
 LOG_INTERVAL = 50  # steps between lines of the log
 CHECKPOINT_INTERVAL = 500  # steps that are lost at most if a run is killed
-# Beside the progress bar, and as curves: {metric: title}, whose first word gives the colour.
+# Beside the progress bar, and as curves: {metric: title}.
 SHOWN = {"flow_matching": "teacher: flow matching loss",
          "prediction": "student: prediction residual² / d",
          "correction": "critic: ||v_N - u||² / d",
@@ -940,11 +940,9 @@ def search_noise(student, reward, N, y=None, guidance=None, generator=None, keep
     return z[rewards.topk(keep).indices]
 
 
-def relative_error(found, truth, reference=None):
-    """sqrt(E||found - truth||^2 / E||s - mean s||^2), s the reference, or the truth if None."""
-    if reference is None:
-        reference = truth
-    variance = (reference - reference.mean(0)).square().mean()
+def relative_error(found, truth):
+    """sqrt(E||found - truth||^2 / E||truth - mean truth||^2): in units of the truth's spread."""
+    variance = (truth - truth.mean(0)).square().mean()
     return ((found - truth).square().mean() / variance).sqrt().item()
 
 
@@ -990,7 +988,7 @@ def evaluate(student, teacher, data, config, out, log):
     few = slice(max(128, 2000 // math.prod(network.shape)))
     path = solve_ode(u, z[few], PATH_STEPS, "rk4", y[few], return_path=True)
     jumps = student_path(student, z[few], PATH_STEPS, y[few], strength)
-    errors = [relative_error(a, b, path[-1]) for a, b in zip(jumps, path)]
+    errors = [relative_error(a, b) for a, b in zip(jumps, path)]
     sets = {"teacher": in_batches(lambda z, y: solve_ode(u, z, SET_STEPS, "rk4", y), z, y),
             "student": in_batches(lambda z, y: jump(student, z, y, strength), z, y)}
     others = in_batches(lambda z, y: solve_ode(u, z, SET_STEPS, "rk4", y), other_z, y)
@@ -1011,59 +1009,38 @@ def evaluate(student, teacher, data, config, out, log):
             metrics[name] = {"SW2 to data": sliced_w2(x, other_x) / data_floor, **covered}
             print(f"{name:>8}:", ", ".join(f"{k} {v:.3f}" for k, v in metrics[name].items()))
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    save_pictures(network, metrics, sets, path, jumps, out)
+    save_pictures(metrics, sets, path, jumps, out)
 
 
 # 8. Pictures -------------------------------------------------------------------------------------
-# Functions return a Figure, which a notebook shows after %matplotlib inline.
+# Functions take tensors on the CPU and return a Figure, which a notebook shows after %matplotlib
+# inline. The first word of a title chooses its colour.
 
 COLORS = {"data": "#4d4d4d", "teacher": "#2166ac", "student": "#e08214", "critic": "#7b3294"}
-
-
-def plane(x):
-    """Points (N, 2, 1, 1) -> two arrays (N,)."""
-    return x.flatten(1).cpu().numpy().T
-
-
-def to_view(x, network):
-    """Samples or paths for a picture, on the CPU: points in the data's coordinates, 3 channels."""
-    if x.shape[-1] > 1 and x.shape[-3] not in (1, 3):  # latents
-        x = x[..., [0, 1, 2 % x.shape[-3]], :, :] / 2
-    scale, center = (torch.tensor(network.settings[name], dtype=torch.float64)[..., None, None]
-                     for name in ("scale", "center"))
-    return x.cpu() * scale + center
-
-
-def panels(N, x, width, rows=1):
-    """N square panels with the same limits, which hold nearly all points x (..., 2, 1, 1)."""
-    figure = Figure((width * N / rows, width * rows + 0.4), layout="constrained")
-    points = x.flatten(-3)[..., :2].reshape(-1, 2).cpu().numpy()
-    low, high = np.quantile(points, [0.001, 0.999], axis=0)
-    middle, half = (low + high) / 2, 0.575 * (high - low)
-    if half.max() < 5 * half.min():  # x and y are comparable: one scale for both
-        half[:] = half.max()
-    xlim, ylim = np.stack([middle - half, middle + half], 1)
-    style = {"xticks": [], "yticks": [], "xlim": xlim, "ylim": ylim, "box_aspect": 1}
-    return figure, figure.subplots(rows, N // rows, squeeze=False, subplot_kw=style).flatten()
+# Noise and data have a spread near 1, so one view shows nearly all points.
+PLANE = {"xticks": [], "yticks": [], "xlim": (-2.6, 2.6), "ylim": (-2.6, 2.6), "aspect": "equal"}
 
 
 def draw_set(axis, x, name, columns=6):
     """Points as dots; the first columns^2 pictures (N, C, H, W), in [-1, 1], in rows of columns."""
     if x.shape[-1] == 1:
-        axis.scatter(*plane(x), s=3, linewidths=0, alpha=0.6, color=COLORS.get(name))
+        axis.scatter(*x.flatten(1).T, s=3, linewidths=0, alpha=0.6, color=COLORS.get(name))
+        axis.set(**PLANE)
         return
-    picture = utils.make_grid(x[: columns**2].cpu(), columns, padding=1, pad_value=1).clamp(-1, 1)
-    axis.autoscale()  # the limits of panels are for points
+    if x.shape[1] not in (1, 3):  # latents
+        x = x[:, [0, 1, 2 % x.shape[1]]] / 2
+    picture = utils.make_grid(x[: columns**2], columns, padding=1, pad_value=1).clamp(-1, 1)
     axis.imshow(picture.permute(1, 2, 0).numpy() / 2 + 0.5, interpolation="nearest")
-    axis.set_box_aspect(picture.shape[1] / picture.shape[2])
+    axis.set(xticks=[], yticks=[])
 
 
-def plot_samples(samples, titles=None):
-    """Samples (N, C, H, W) by name ("data", "teacher", "student"), side by side."""
-    figure, axes = panels(len(samples), torch.cat(list(samples.values())), 4)
-    for axis, (name, x) in zip(axes, samples.items()):
-        draw_set(axis, x, name)
-        axis.set_title((titles or {}).get(name, name), fontsize=13)
+def plot_samples(samples, figure=None):
+    """Samples (N, C, H, W) by title ("data", "teacher: 32 evaluations"), side by side."""
+    figure = figure or Figure((4 * len(samples), 4.3), layout="constrained")
+    axes = figure.subplots(1, len(samples), squeeze=False)[0]
+    for axis, (title, x) in zip(axes, samples.items()):
+        draw_set(axis, x, title.split(":")[0])
+        axis.set_title(title, fontsize=13)
     return figure
 
 
@@ -1074,7 +1051,6 @@ def plot_filmstrip(teacher_path, student_path, lines=4):
     for first, name, path in (0, "teacher", teacher_path), (1, "student", student_path):
         for i, axis in enumerate(axes[first::2]):
             draw_set(axis, path[at, i], name, columns=9)
-            axis.set(xticks=[], yticks=[])
             axis.set_ylabel(name, color=COLORS[name])
     axes[0].set_title("   ".join(f"δ = {i / at[-1]:.2f}" for i in at), fontsize=11)
     return axes[0].figure
@@ -1083,16 +1059,17 @@ def plot_filmstrip(teacher_path, student_path, lines=4):
 def plot_paths(teacher_path, student_path, lines=40):
     """The first `lines` of the teacher's paths, f(z, delta) over them, (steps, B, 2, 1, 1)."""
     paths = {"teacher": teacher_path[:, :lines], "student": student_path[:, :lines]}
-    figure, (axis,) = panels(1, torch.cat(list(paths.values())), 7)
-    axis.scatter(*plane(teacher_path[-1]), s=4, lw=0, color=COLORS["teacher"], alpha=0.15)
+    axis = Figure((7, 7.3), layout="constrained").subplots()
+    axis.scatter(*teacher_path[-1].flatten(1).T, s=4, lw=0, color=COLORS["teacher"], alpha=0.15)
     for (name, path), width, alpha in zip(paths.items(), (4, 1.2), (0.4, 1)):
         style = {"color": COLORS[name], "alpha": alpha}
-        axis.plot(*path[..., 0, 0].permute(2, 0, 1).cpu().numpy(), lw=width, **style)
-        axis.scatter(*plane(path[-1]), s=18 * width, lw=0, zorder=3, label=name, **style)
-    axis.scatter(*plane(paths["teacher"][0]), s=20, color="black", zorder=4, label="noise z")
+        axis.plot(*path[..., 0, 0].permute(2, 0, 1), lw=width, **style)
+        axis.scatter(*path[-1].flatten(1).T, s=18 * width, lw=0, zorder=3, label=name, **style)
+    axis.scatter(*paths["teacher"][0].flatten(1).T, s=20, color="black", zorder=4, label="noise z")
     axis.set_title("Teacher's ODE path and student's jumps f(z, δ), same noises", fontsize=13)
     axis.legend(loc="upper left", fontsize=11, framealpha=0.9)
-    return figure
+    axis.set(**PLANE)
+    return axis.figure
 
 
 def plot_error(errors):
@@ -1100,7 +1077,7 @@ def plot_error(errors):
     axis = Figure((6.5, 4.2), layout="constrained").subplots()
     axis.plot(np.linspace(0, 1, len(errors)), errors, lw=2.5, color=COLORS["student"])
     axis.set(title=f"Distance from student to teacher: {errors[-1]:.4f} at δ = 1",
-             xlabel="δ: 0 is noise, 1 is data", ylabel="error / spread of samples")
+             xlabel="δ: 0 is noise, 1 is data", ylabel="error / spread of the teacher's states")
     return axis.figure
 
 
@@ -1118,28 +1095,25 @@ def plot_losses(log):
 
 def animate_paths(teacher_path, student_path, frames=20):
     """Noise becoming data along both paths, (steps, B, C, H, W): an animation."""
-    figure, axes = panels(2, torch.cat([teacher_path[-1:], teacher_path[:1]]), 3.6)
-    paths = {"teacher": ("ODE up to", teacher_path), "student": ("one jump to", student_path)}
+    figure = Figure((7.2, 4), layout="constrained")
     steps = np.linspace(0, len(teacher_path) - 1, frames).round().astype(int).tolist()
 
     def show(i):
-        for axis, (name, (what, path)) in zip(axes, paths.items()):
-            for artist in [*axis.collections, *axis.images]:
-                artist.remove()
-            draw_set(axis, path[i], name)
-            axis.set_title(f"{name}, {what} δ = {i / (len(path) - 1):.2f}")
+        figure.clear()
+        delta = f"δ = {i / steps[-1]:.2f}"
+        plot_samples({f"teacher: ODE up to {delta}": teacher_path[i],
+                      f"student: one jump to {delta}": student_path[i]}, figure)
 
     return FuncAnimation(figure, show, frames=steps + steps[-1:] * 5, init_func=lambda: None)
 
 
-def save_pictures(network, metrics, sets, path, jumps, out):
+def save_pictures(metrics, sets, path, jumps, out):
     """All pictures of a run, from what evaluate measures."""
-    titles = {"teacher": f"teacher, {metrics['teacher_nfe']} evaluations",
-              "student": "student, 1 evaluation"}
-    shown = {name: to_view(x[:4000], network) for name, x in sets.items()}
-    path, jumps = to_view(path, network), to_view(jumps, network)
+    counts = {"teacher": f": {metrics['teacher_nfe']} evaluations", "student": ": 1 evaluation"}
+    shown = {name + counts.get(name, ""): x[:4000].cpu() for name, x in sets.items()}
+    path, jumps = path.cpu(), jumps.cpu()
     plot = plot_paths if path.shape[-1] == 1 else plot_filmstrip
-    plot_samples(shown, titles).savefig(out / "comparison.png", dpi=110)
+    plot_samples(shown).savefig(out / "comparison.png", dpi=110)
     plot(path, jumps).savefig(out / "paths.png", dpi=110)
     plot_error(metrics["error_along_path"]).savefig(out / "error.png", dpi=110)
     plot_losses(metrics["log"]).savefig(out / "losses.png", dpi=110)
@@ -1171,13 +1145,15 @@ def save(path, write):
 
 
 def load_points(path):
-    """The rows of an N x 2 array, standardised, as narrow Gaussians. Samples are mapped back.
-    Raises UserError."""
+    """The rows of an N x 2 array, standardised, as narrow Gaussians. Samples are mapped back. x and
+    y have one scale, unless one of them varies five times as much. Raises UserError."""
     with explained(f"--toy {path}: give one of {TOYS} or FILE.npy, N x 2 finite numbers that vary"):
         points = np.load(path, allow_pickle=False).astype(np.float64)
         scale = points.std(0)  # of equal numbers it may be 1e-15, and ptp is 0
         if points.shape[1:] != (2,) or not np.isfinite(scale).all() or not np.ptp(points, 0).all():
             raise ValueError(f"shape {points.shape}, standard deviations {scale}")
+    if scale.max() < 5 * scale.min():
+        scale[:] = scale.max()
     means = torch.as_tensor((points - points.mean(0)) / scale, dtype=torch.float32)
     labels = torch.zeros(len(means), dtype=torch.int64)
     return GaussianMixture(means, 0.05, labels, 0, points.mean(0).tolist(), scale.tolist())
@@ -1531,13 +1507,15 @@ def run_sampling(given, device):
     y = y.expand(N)
     z = draw_noise(network, N, generator(config.sample_seed, SAMPLING))
     x = in_batches(lambda z, y: jump(FlowMap(network), z, y, strength), z, y)
-    rows = x.cpu().permute(0, 2, 3, 1)
-    if config.dataset == "toy2d":
-        rows = to_view(x, network).flatten(1)
+    x = x.cpu()
+    rows = x.permute(0, 2, 3, 1).numpy()
+    if config.dataset == "toy2d":  # in the user's coordinates
+        scale, center = (np.array(network.settings[name]) for name in ("scale", "center"))
+        rows = scale * rows.reshape(N, 2) + center
     elif config.dataset != "imagenet":
-        rows = (127.5 * (rows + 1)).clamp(0, 255).to(torch.uint8)
-    save(out / "samples.npz", lambda file: np.savez(file, rows.numpy(), y.cpu().numpy()))
-    plot_samples({"student": to_view(x[:4000], network)}).savefig(out / "samples.png", dpi=110)
+        rows = (127.5 * (rows + 1)).clip(0, 255).astype(np.uint8)
+    save(out / "samples.npz", lambda file: np.savez(file, rows, y.cpu().numpy()))
+    plot_samples({"student": x[:4000]}).savefig(out / "samples.png", dpi=110)
     print(f"{N} samples of step {file['step']} of {config.steps}: samples.npz and .png in {out}")
 
 
