@@ -29,7 +29,7 @@ The paper's equations, with theta the student's weights
     [11] its gradient, E[(dF/dtheta)^T D_N], up to a weight for each r
 
 Commands to paste; the same command continues a run that was interrupted
-    python fmd.py --dataset toy2d                            # a 2-D toy: teacher, student, pictures
+    python fmd.py --dataset toy2d                            # a 2-D toy, with SolverDistiller (6)
     python fmd.py --dataset toy2d --recipe paper             # the paper's own loss
     python fmd.py --dataset mnist --quick                    # digits with guidance, on two cores
     python fmd.py --dataset imagenet --teacher SiT-XL-2-256x256.pt --teacher-format sit
@@ -64,8 +64,8 @@ from tqdm import tqdm
 # 1. The method -----------------------------------------------------------------------------------
 # A teacher is any function u(x, t, y) that returns a velocity.
 # Why from noise alone: a guided or imperfect teacher passes through states that noised data rarely
-# reach (the teacher-data mismatch), so a student of noised data, as in MeanFlow (arXiv 2505.13447),
-# hardly learns them. At t = 1 the states of any teacher are known: they are N(0, I).
+# reach (the teacher-data mismatch), so a student that trains on noised data, as in MeanFlow (arXiv
+# 2505.13447), hardly learns them. At t = 1 the states of any teacher are known: they are N(0, I).
 
 
 def expand(v):
@@ -93,7 +93,7 @@ class FlowMap:
         return self.network(z, 1 - delta, y, guidance)
 
     def f(self, z, delta, y=None, guidance=None):
-        """f(z, delta), (B, C, H, W). f(z, 0) = z for any weights."""
+        """f(z, delta), (B, C, H, W). f(z, 0) = z for any weights: paths start right by design."""
         return z + expand(delta) * self.F(z, delta, y, guidance)
 
 
@@ -128,7 +128,7 @@ def solve_ode(u, z, steps, method="heun", y=None, return_path=False, t=1.0, leng
 
 
 def guided(teacher, guidance, interval=(0.0, 1.0)):
-    """Classifier-free guidance: u_gamma = gamma u(.|y) + (1 - gamma) u(.|null), itself a velocity.
+    """Classifier-free guidance: u_gamma = gamma u(.|y) + (1 - gamma) u(.|null), used as a velocity.
     guidance: the strength gamma, (B,) or (1,), or None for the teacher itself. Outside of the
     interval of t the strength is 1."""
     if guidance is None:
@@ -162,7 +162,8 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     Why a small D_G can leave a large error: u is evaluated at f, not at phi. So the error e = f -
     phi has de/ddelta = D_G + (u(f) - u(phi)): D_G adds new error, and u enlarges or shrinks the
     old at the rate L = <e, u(f) - u(phi)> / ||e||^2. L > 0 where paths part, between modes; inside
-    of a narrow mode mostly L < 0. As d||e||/ddelta = <e, de/ddelta> / ||e|| <= ||D_G|| + L ||e||,
+    of a narrow mode mostly L < 0. As d||e||/ddelta = <e, de/ddelta> / ||e|| <= ||D_G|| + L ||e||
+    and e = 0 at delta = 0,
         ||e|| at delta = 1 <= integral over delta of ||D_G|| exp(integral of L from delta to 1)."""
     if F is None:
         F = student.F(z, delta, y, guidance)
@@ -184,8 +185,8 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     # Why u at f: a solution of the ODE has df/ddelta = u(f, 1 - delta) [7], and the student's own f
     # costs neither data nor a solver.
     # Why sg: [8] then moves F to the target u(f) - delta dF/ddelta. A gradient through u(f) could
-    # instead move f to where u happens to be near v_G. One through dF/ddelta would be a second
-    # derivative.
+    # instead move f to where u happens to be near v_G. One through dF/ddelta would be a costly
+    # second derivative.
     f = z + expand(delta) * F
     return F + expand(delta) * dF - u(f, 1 - delta, y)  # [7] as a residual: D_G of [9]
 
@@ -198,7 +199,7 @@ def correction_gradient(v_N, u, x_r, r, y=None):
     Why the loss F(z, 1) . D_N lowers the KL of [10], with s and s_u the scores (gradients of log p)
     of the student's x_r and of the teacher's:
     1. The KL's gradient is E[(dx_r/dtheta)^T (s - s_u)], with dx_r/dtheta = (1 - r) dF/dtheta.
-       (log p depends on theta too, but E[dlog p/dtheta] = 0.)
+       (The student's log p depends on theta too, but E[dlog p/dtheta] = 0.)
     2. Tweedie's formula: s = -E[n | x_r] / r. As n = x_r - (1 - r) (x - n), E[n | x_r] is
        x_r - (1 - r) v_N for an exact critic. s_u is the same with u. So s - s_u = (1 - r) / r D_N.
     The factors, (1 - r)^2 / r > 0, are left out as in [11]: they only set the weight of each r.
@@ -214,11 +215,12 @@ EPS = 1e-3  # of decay and lambda; the paper's value is not known to us
 def decay(D, k):
     """D / (||D||^2 / d + eps)^k of each sample.
 
-    What k does: a residual of size m, m^2 = ||D||^2 / d, gets the size m^(1 - 2k). At k = 0 large
-    ones dominate the gradient, at 1/2 all samples count equally, at 1 large ones count less.
+    What k does: a residual of size m, m^2 = ||D||^2 / d, gets the size m^(1 - 2k), if m^2 is well
+    above eps. At k = 0 large ones dominate the gradient, at 1/2 all count equally, at 1 large ones
+    count less.
     Why decay: the paper's FID (DiT-B/2) is about 12 for each k without correction, with correction
-    43.5 for k = 0, 10.6 for 1/2 and 5.6 for 1. Our guess: large residuals are where the two losses
-    disagree most."""
+    43.5 for k = 0, 10.6 for 1/2 and 5.6 for 1. We guess: the losses disagree most where residuals
+    are large, and a larger k makes the correction weaker beside the prediction (see balance)."""
     return D / expand((mean_square(D) + EPS) ** k)
 
 
@@ -226,13 +228,13 @@ class Distiller(nn.Module):
     """The paper's loss. draw draws the batch of a step, forward is its loss. (Section 6 trains it.)
 
     network: a velocity network, read as the student's F. critic: another, which learns v_N. It too
-    starts as a copy of the teacher: once the student has learned, v_N is roughly u. teacher:
+    starts as a copy of the teacher, as v_N will be roughly u once the student has learned. teacher:
     u(x, t, y), never changed. config: a Config (section 5), with prediction jvp or difference.
 
     Why the correction has its own guidance interval: the paper guides its u only for r up to 0.7,
-    about half of all r, and has FID 5.6 (DiT-B/2), with [0, 1] 8.7. As D_N is not zero for a
-    perfect student, a guided u makes guidance too strong, an unguided u too weak (measured on
-    digits). Our guess: a mix balances the two."""
+    about half of all r, and has FID 5.6 (DiT-B/2), with [0, 1] 8.7. D_N is not zero for a perfect
+    student. On digits we measured where it pulls: with a guided u to stronger guidance, with an
+    unguided u to weaker. Our guess: a mix balances the two."""
 
     def __init__(self, network, critic, teacher, config):
         super().__init__()
@@ -283,7 +285,8 @@ class Distiller(nn.Module):
 
         Why lambda: lambda D_N is alpha times as large as D_G, so the correction fades as D_G does.
         (With the decayed D_G, of size ||D_G||^(1 - 2k), the correction would not fade at k = 1/2,
-        and grow at k = 1.) The price: when D_N is small, lambda enlarges the critic's error."""
+        and grow at k = 1.) Beside the decayed D_G it is alpha (||D_G||^2 / d + eps)^k times as
+        large. The price: when D_N is small, lambda enlarges the critic's error."""
         if D_G is None:
             return torch.tensor(self.config.alpha, device=D_N.device)
         norm_G = mean_over_processes(mean_square(D_G).sqrt().mean())
@@ -298,7 +301,7 @@ class Distiller(nn.Module):
         predict = config.batch_size - correct
         batch = {}
         for side, count in ("G", predict), ("N", correct):
-            y = torch.randint(max(1, classes), (count,), generator=g)  # of no classes 0 is null
+            y = torch.randint(max(1, classes), (count,), generator=g)  # no classes: 0 is null
             is_null = torch.rand(count, generator=g) < config.label_dropout
             batch[f"z_{side}"] = torch.randn(count, *shape, generator=g)
             batch[f"y_{side}"] = torch.where(is_null, classes, y)
@@ -769,12 +772,12 @@ def device_of(network):
 
 class SolverDistiller(Distiller):
     """The form solver, ours, of recipe fast. Skip it at first. It evaluates u more often, but needs
-    no dF/ddelta, which is less exact than F (training fits F, not its derivative):
+    no dF/ddelta: training fits F, so the derivative of an imperfect F is farther off than F is.
         start = f(z, delta - h)    a jump; with ema_target by the averaged weights
         end                        where the teacher's ODE leads from start, by the solver
     (f(z, delta) - end) / delta takes the place of D_G, also in lambda: it moves f(z, delta) to
     `end`. For small h, end is f(z, delta - h) + h u, so this is (h / delta) D_G. Why h is long: the
-    jump to start brings the student's errors along, only the solver's part is the teacher's. As the
+    jump to start brings the student's errors along, and a longer h has more of the teacher. As the
     target is a place, not a slope, f(z, 1) can be trained itself: recipe fast has delta = 1 in half
     of these rows."""
 
@@ -883,7 +886,7 @@ def train(module, config, state=None):
             part = {name: v[rows].to(device) for name, v in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16"):
                 loss, metrics = parallel(**part)
-            # DDP averages .grad again: what earlier parts left is the average already.
+            # DDP averages .grad again. What earlier parts left is the average: it stays the same.
             (loss / count).backward()
             values.append(torch.stack([loss, *metrics.values()]).detach())
         loss, *means = mean_over_processes(torch.stack(values).mean(0))
