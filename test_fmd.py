@@ -20,6 +20,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 import diffusers
+import filelock
 import nbformat
 import numpy as np
 import PIL.Image
@@ -1471,7 +1472,14 @@ def test_samples_that_do_not_look_like_data_are_refused(monkeypatch):
             opened(wrong)
 
 
-def test_a_folder_in_use_is_refused(finished, capsys):
+def test_a_folder_in_use_is_refused(finished, monkeypatch, capsys):
+    def during_a_run(*_):
+        with pytest.raises(filelock.Timeout):
+            filelock.FileLock(finished / "lock0").acquire(timeout=0)
+
+    with monkeypatch.context() as m:
+        m.setattr(fmd, "run_stages", during_a_run)
+        run("--out", finished, *TINY)
     code = ("import filelock, sys, time; lock = filelock.FileLock(sys.argv[1]); lock.acquire();"
             "print('held', flush=True); time.sleep(600)")
     other = subprocess.Popen([sys.executable, "-c", code, finished / "lock0"],
