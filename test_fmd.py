@@ -21,6 +21,7 @@ from pathlib import Path
 
 import diffusers
 import filelock
+import matplotlib.colors
 import nbformat
 import numpy as np
 import PIL.Image
@@ -1742,16 +1743,18 @@ def test_processes_have_a_backend_for_their_device(monkeypatch, capsys, tmp_path
 def test_pictures_show_what_they_are_given():
     torch.manual_seed(0)
     path, jumps = torch.randn(2, 5, 60, 2, 1, 1)
-    figure = fmd.plot_samples({"teacher": path[-1], "student": jumps[-1]})
-    for axis, x in zip(figure.axes, (path[-1], jumps[-1])):
+    figure = fmd.plot_samples({"teacher: 2 evaluations": path[-1], "student": jumps[-1]})
+    for axis, name, x in zip(figure.axes, ("teacher", "student"), (path[-1], jumps[-1])):
         np.testing.assert_allclose(axis.collections[0].get_offsets(), x.flatten(1))
+        color = matplotlib.colors.to_rgba(fmd.COLORS[name], 0.6)
+        np.testing.assert_allclose(axis.collections[0].get_facecolor(), [color])
     figure = fmd.plot_paths(path, jumps, lines=3)
     lines = [line.get_xydata() for line in figure.axes[0].lines]
     expected = torch.cat([path[:, :3], jumps[:, :3]], 1)[..., 0, 0].transpose(0, 1)
     np.testing.assert_allclose(lines, expected)
     animation = fmd.animate_paths(path, jumps, frames=5)
-    animation._func(4)
-    for axis, x in zip(animation._fig.axes, (path[-1], jumps[-1])):
+    animation._func(2)
+    for axis, x in zip(animation._fig.axes, (path[2], jumps[2])):
         np.testing.assert_allclose(axis.collections[0].get_offsets(), x.flatten(1))
     animation._draw_was_started = True  # it is not saved here
     figure = fmd.plot_error([0.0, 0.1, 0.3])
