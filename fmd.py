@@ -220,7 +220,7 @@ def decay(D, k):
     count less.
     Why decay: the paper's FID (DiT-B/2) is about 12 for each k without correction, with correction
     43.5 for k = 0, 10.6 for 1/2 and 5.6 for 1. We guess: the losses disagree most where residuals
-    are large, and a larger k makes the correction weaker beside the prediction (see balance)."""
+    are large, and below 1 a larger k weakens the correction beside the prediction (see balance)."""
     return D / expand((mean_square(D) + EPS) ** k)
 
 
@@ -231,10 +231,10 @@ class Distiller(nn.Module):
     starts as a copy of the teacher, as v_N will be roughly u once the student has learned. teacher:
     u(x, t, y), never changed. config: a Config (section 5), with prediction jvp or difference.
 
-    Why the correction has its own guidance interval: the paper guides its u only for r up to 0.7,
-    about half of all r, and has FID 5.6 (DiT-B/2), with [0, 1] 8.7. D_N is not zero for a perfect
-    student. On digits we measured where it pulls: with a guided u to stronger guidance, with an
-    unguided u to weaker. Our guess: a mix balances the two."""
+    Why the correction has its own guidance interval: the paper guides u there only for r up to
+    0.7, about half of all r, and has FID 5.6 (DiT-B/2), with [0, 1] 8.7. D_N is not zero for a
+    perfect student. On digits we measured where it pulls: with a guided u to stronger guidance,
+    with an unguided u to weaker. Our guess: a mix balances the two."""
 
     def __init__(self, network, critic, teacher, config):
         super().__init__()
@@ -285,8 +285,8 @@ class Distiller(nn.Module):
 
         Why lambda: lambda D_N is alpha times as large as D_G, so the correction fades as D_G does.
         (With the decayed D_G, of size ||D_G||^(1 - 2k), the correction would not fade at k = 1/2,
-        and grow at k = 1.) Beside the decayed D_G it is alpha (||D_G||^2 / d + eps)^k times as
-        large. The price: when D_N is small, lambda enlarges the critic's error."""
+        and would grow at k = 1.) Beside the decayed D_G it has the size alpha (||D_G||^2 / d +
+        eps)^k. The price: when D_N is small, lambda enlarges the critic's error."""
         if D_G is None:
             return torch.tensor(self.config.alpha, device=D_N.device)
         norm_G = mean_over_processes(mean_square(D_G).sqrt().mean())
@@ -754,7 +754,7 @@ TEACHER, STUDENT, WEIGHTS, EVALUATION, SAMPLING = range(5)  # streams of random 
 def generator(*key):
     """A random generator that depends only on the integers in `key`: seed, stream, step. So an
     interrupted run continues with the same numbers. And all processes draw the same batch, of which
-    each takes its own rows: their number changes results by rounding only."""
+    each takes its own rows, so the number of processes changes results by rounding only."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
@@ -776,10 +776,10 @@ class SolverDistiller(Distiller):
         start = f(z, delta - h)    a jump; with ema_target by the averaged weights
         end                        where the teacher's ODE leads from start, by the solver
     (f(z, delta) - end) / delta takes the place of D_G, also in lambda: it moves f(z, delta) to
-    `end`. For small h, end is f(z, delta - h) + h u, so this is (h / delta) D_G. Why h is long: the
-    jump to start brings the student's errors along, and a longer h has more of the teacher. As the
-    target is a place, not a slope, f(z, 1) can be trained itself: recipe fast has delta = 1 in half
-    of these rows."""
+    `end`. For small h, end is start + h u: this is then (h / delta) D_G (without ema_target). Why h
+    is long: the jump to start brings the student's errors along, and a longer h has more of the
+    teacher. As the target is a place, not a slope, f(z, 1) can be trained itself: recipe fast has
+    delta = 1 in half of these rows."""
 
     ema_student = None  # set by train for ema_target: a FlowMap of averaged weights
 
@@ -1020,7 +1020,7 @@ def evaluate(student, teacher, data, config, out, log):
 # inline. The first word of a title chooses its colour.
 
 COLORS = {"data": "#4d4d4d", "teacher": "#2166ac", "student": "#e08214", "critic": "#7b3294"}
-# Noise and data have a spread near 1, so one view shows nearly all points.
+# Noise and toys have a spread near 1, so one view shows nearly all points.
 PLANE = {"xticks": [], "yticks": [], "xlim": (-2.6, 2.6), "ylim": (-2.6, 2.6), "aspect": "equal"}
 
 
@@ -1200,7 +1200,7 @@ def open_data(config):
 
 def load_network(path, kind, device="cpu", teacher_format="", num_heads=0):
     """The averaged network of a checkpoint, frozen, and the checkpoint. Raises UserError."""
-    with explained(f"{path} cannot be used as a {kind}: give another, or the flags of its run"):
+    with explained(f"{path} cannot be used as a {kind}: give the flags or --out of another run"):
         torch.serialization.add_safe_globals([argparse.Namespace])  # settings of SiT and REPA
         file = torch.load(path, "cpu", weights_only=True)
         if kind == "teacher" and "kind" not in file:
@@ -1313,7 +1313,8 @@ def make_parser():
     defaults = make_config()
     for f in dataclasses.fields(Config):
         kind = special.get(f.type, {"type": f.type, "choices": f.metadata["choices"]})
-        text = f"{f.metadata['help']} (toys: {getattr(defaults, f.name)!r})"
+        default = getattr(defaults, f.name)
+        text = f.metadata["help"] + (f" (toys: {default})" if default != "" else "")
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
     return parser
 
@@ -1348,15 +1349,17 @@ def check_settings(place, theirs, mine, may_differ=()):
 def claim_folder(folder, config, **sources):
     """Compare config.json in the folder of a run, if there is one, and write it. sources: sums of
     data, --teacher and --student, compared in place of the names of their files. Returns a lock, to
-    be used by `with`. Raises UserError, in all processes, if another run or process has it."""
+    be used by `with`. Raises UserError if the folder has another run (in all processes, which
+    compare) or is in use."""
     mine = {**dataclasses.asdict(config), **sources}
     file = folder / "config.json"
-    with explained(f"{folder} cannot be used: wait for its other process, or give another --out"):
+    with explained(f"{folder} cannot be used: give another --out"):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / f"lock{RANK}").acquire(timeout=0)  # free when its process dies
         is_new = not any(folder.glob("*.pt")) and not file.exists()
         theirs = mine if is_new else json.loads(file.read_text())
     check_settings(folder, theirs, mine, MAY_CHANGE)
+    with explained(f"{folder} is in use: wait for its other process, or give another --out"):
+        lock = FileLock(folder / f"lock{RANK}").acquire(timeout=0)  # free when its process dies
     if RANK == 0:
         save(file, lambda part: part.write(json.dumps(mine, indent=1).encode()))
     return lock
@@ -1394,9 +1397,11 @@ def open_teacher(given, device):
     known = {"dataset": "imagenet", "toy": TOYS[0], **file.get("config", {}), **network.settings}
     names = ("dataset", "toy", "hidden_size", "depth", "num_heads", "patch_size")
     fixed = {name: known[name] for name in names}
-    if not file.get("has_null", True):  # without a null label there is no guidance
+    name = given["teacher"]
+    if not file.get("has_null", True):
+        name += ", without null label, so without guidance,"
         fixed |= {"guidance_max": 1.0, "guidance": 1.0, "label_dropout": 0.0}
-    check_settings(given["teacher"], fixed, {k: v for k, v in given.items() if k in fixed})
+    check_settings(name, fixed, {k: v for k, v in given.items() if k in fixed})
     given.update(fixed)
     return network
 
@@ -1429,6 +1434,8 @@ def run_training(given, device):
                         f"give multiples of {parts}, processes x --micro-batches", 2)
     if config.dataset == "toy2d":  # more threads gain nothing
         torch.set_num_threads(1)
+    if config.precision == "bfloat16":  # measures are in float32: with faster products
+        torch.set_float32_matmul_precision("high")
     with claim_folder(out, config, **sources):
         run_stages(network, start, data, config, out)
 
@@ -1451,7 +1458,7 @@ def run_stages(teacher, start, data, config, out):
 
 def run_stage(kind, module, config, out, score=None):
     """Train, or go on from out/<kind>.pt (on a CPU to the same bits). Returns the averaged network
-    and the log, with its score(network). Ctrl-C and SIGTERM: the step is saved, then UserError."""
+    and the log, score(network) in it. At Ctrl-C and SIGTERM the step is saved; then UserError."""
     path = out / f"{kind}.pt"
     state = TrainState(module, config, path)
     if RANK == 0 and state.step:
@@ -1499,7 +1506,7 @@ def run_sampling(given, device):
     out = name_folder(given)
     network, file = load_network(out / "student.pt", "student", device)
     check_settings(out, file["config"], given, UNNAMED)
-    theirs = {k: v for k, v in file["config"].items() if hasattr(Config, k)}  # of any version
+    theirs = {k: v for k, v in file["config"].items() if hasattr(Config, k)}  # of this version
     config = Config(**{**theirs, **given})
     N = config.samples
     y, strength = conditions(network, config, N)

@@ -1130,7 +1130,7 @@ def test_the_sample_stage(finished, tmp_path, monkeypatch, capsys):
     assert "8 labels" in run(*flags, 7, "--classes", "-1", status=1, capsys=capsys)
     assert "--guidance" in run(*flags, 7, "--guidance", "3", status=2, capsys=capsys)
     line = run("--stage", "sample", "--out", "nowhere", status=1, capsys=capsys)
-    assert "nowhere/student.pt cannot be used" in line and "give another, or the flags" in line
+    assert "nowhere/student.pt cannot be used" in line and "--out of another run" in line
     for wrong in (["--toy", "moons"], ["--dataset", "mnist"], ["--guidance-max", "3"],
                   ["--student", "s.pt"], ["--recipe", "paper"], ["--seed", "1"],
                   ["--learning-rate", "5.0"]):
@@ -1189,7 +1189,7 @@ def test_other_errors_are_one_line_and_debug_shows_where(tmp_path, monkeypatch, 
     with pytest.raises(SystemExit) as e:
         fmd.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for part in "ours (toys: 'fast') --quick", "student (toys: 1400)", "flags (toys: '') --seed":
+    for part in "ours (toys: fast) --quick", "student (toys: 1400)", "after the flags --seed":
         assert e.value.code == 0 and part in text
     fields = dataclasses.fields(fmd.Config)
     assert len(fields) <= 55 and all(f.metadata["help"] for f in fields)
@@ -1452,7 +1452,7 @@ def test_a_file_without_null_label_and_with_other_heads(tmp_path, capsys):
     c = fmd.make_config(**given)
     assert (c.guidance_max, c.guidance, c.label_dropout) == (1, 1, 0)
     for name in "guidance_max", "guidance":
-        with pytest.raises(fmd.UserError, match=f"{fmd.flag(name)} 1.0, not 2.0"):
+        with pytest.raises(fmd.UserError, match=f"null label.*{fmd.flag(name)} 1.0, not 2.0"):
             fmd.open_teacher({**public, name: 2.0}, "cpu")
 
 
@@ -1748,7 +1748,9 @@ def test_pictures_show_what_they_are_given():
         np.testing.assert_allclose(axis.collections[0].get_offsets(), x.flatten(1))
         color = matplotlib.colors.to_rgba(fmd.COLORS[name], 0.6)
         np.testing.assert_allclose(axis.collections[0].get_facecolor(), [color])
+        assert axis.get_xlim() == axis.get_ylim() == (-2.6, 2.6) and axis.get_aspect() == 1
     figure = fmd.plot_paths(path, jumps, lines=3)
+    assert figure.axes[0].get_xlim() == (-2.6, 2.6) and figure.axes[0].get_aspect() == 1
     lines = [line.get_xydata() for line in figure.axes[0].lines]
     expected = torch.cat([path[:, :3], jumps[:, :3]], 1)[..., 0, 0].transpose(0, 1)
     np.testing.assert_allclose(lines, expected)
@@ -1777,7 +1779,11 @@ def test_pictures_show_what_they_are_given():
 @pytest.mark.parametrize("shape", [(7, 1, 5, 5), (7, 2, 4, 4), (3, 5, 3, 3)])
 def test_latents_of_any_shape_are_shown(shape, caplog, tmp_path):
     path = torch.randn(5, *shape)
-    fmd.plot_samples({"mine": path[-1]}).savefig(tmp_path / "samples.png")  # any name
+    figure = fmd.plot_samples({"mine": path[-1]})  # any name
+    figure.savefig(tmp_path / "samples.png")
+    image = figure.axes[0].images[0].get_array()[1 : 1 + shape[2], 1 : 1 + shape[2], 2]
+    last = path[-1, 0, 2 % shape[1]] / (1 if shape[1] == 1 else 2)  # latents are halved
+    np.testing.assert_allclose(image, last.clamp(-1, 1) / 2 + 0.5, atol=1e-6)
     fmd.plot_filmstrip(path, path, lines=2).savefig(tmp_path / "paths.png")
     fmd.animate_paths(path, path, frames=2).save(tmp_path / "paths.gif", writer="pillow")
     assert not caplog.records  # matplotlib's, about limits that do not fit
