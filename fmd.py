@@ -445,19 +445,19 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """u(x, t | y), and with guidance=True u(x, t | y, gamma). fourier: sines and cosines of x, for
-    the sharp edges of toys. center, scale: of GaussianMixture, used by run_sampling."""
+    """u(x, t | y), and with guidance=True u(x, t | y, gamma). center, scale: of GaussianMixture,
+    used by run_sampling."""
 
     def __init__(self, input_size=1, in_channels=2, num_classes=8, hidden_size=64, depth=3,
-                 num_heads=1, patch_size=1, qk_norm=False, guidance=False, fourier=False,
-                 center=0.0, scale=1.0):
+                 num_heads=1, patch_size=1, qk_norm=False, guidance=False, center=0.0, scale=1.0):
         super().__init__()
         # The arguments, for checkpoints.
         self.settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         E, p, C = hidden_size, patch_size, in_channels
         self.shape, self.num_classes = (C, input_size, input_size), num_classes
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(C, E, p, stride=p)})
-        self.fourier_embedder = nn.Linear(6 * C * p * p, E) if fourier else None
+        # A point also enters by sines and cosines, for the sharp edges of toys.
+        self.fourier_embedder = nn.Linear(6 * C, E) if input_size == 1 else None
         # Where a token lies: sines and cosines of its column in one half, of its row in the other.
         side = torch.arange(input_size // p, dtype=torch.float64)
         angle = side[:, None] * 10000 ** (-4 * torch.arange(E // 4, dtype=torch.float64) / E)
@@ -1372,8 +1372,7 @@ def new_network(data, config):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(config.seed, WEIGHTS).initial_seed())
         return DiT(data.shape[1], data.shape[0], data.num_classes, config.hidden_size, config.depth,
-                   config.num_heads, config.patch_size, **data.place,
-                   fourier=config.dataset == "toy2d")  # public DiTs have no Fourier inputs
+                   config.num_heads, config.patch_size, **data.place)
 
 
 def open_teacher(given, device):

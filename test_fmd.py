@@ -453,8 +453,8 @@ def plain_dit(w, x, t, y, heads, patch):
     return out
 
 
-NETWORKS = [{}, {"fourier": True}, {"in_channels": 3, **IMAGES}, {"input_size": 3, "num_heads": 1},
-            {"qk_norm": True, "fourier": True, **IMAGES}]
+NETWORKS = [{}, {"in_channels": 3, **IMAGES}, {"input_size": 3, "num_heads": 1},
+            {"qk_norm": True, **IMAGES}]
 
 
 @pytest.mark.parametrize("settings", NETWORKS)
@@ -498,7 +498,7 @@ def test_names_shapes_heads_and_position_embedding_are_those_of_public_files():
     row, place, frequency = 3, 2, 10000 ** (-torch.arange(96) / 96)
     expected = [f(v * frequency) for v in (place, row) for f in (torch.sin, torch.cos)]
     assert_close(network.pos_embed[0, row * 16 + place], torch.cat(expected))
-    network, x = fmd.DiT(fourier=True, **IMAGES), torch.randn(2, 4, 64)  # blocks start as identity
+    network, x = fmd.DiT(**IMAGES), torch.randn(2, 4, 64)  # blocks start as identity
     assert network(torch.randn(2, 2, 4, 4), torch.rand(2)).abs().max() == 0
     assert torch.equal(network.blocks[0](x, torch.randn(2, 64)), x)
 
