@@ -1200,7 +1200,7 @@ def open_data(config):
 
 def load_network(path, kind, device="cpu", teacher_format="", num_heads=0):
     """The averaged network of a checkpoint, frozen, and the checkpoint. Raises UserError."""
-    with explained(f"{path} cannot be used as a {kind}: give the flags or --out of another run"):
+    with explained(f"{path} cannot be used as a {kind}: give another file, other flags or --out"):
         torch.serialization.add_safe_globals([argparse.Namespace])  # settings of SiT and REPA
         file = torch.load(path, "cpu", weights_only=True)
         if kind == "teacher" and "kind" not in file:
@@ -1324,7 +1324,8 @@ UNNAMED = {"stage", "out", "debug", "teacher_format", "trust_teacher", "guidance
            "compile", "micro_batches", "activation_checkpointing", "eval_samples", "samples",
            "sample_seed", "classes"}
 # With --out learning rates may change too, to go on after steps that are not finite. (steps may
-# not, as learning rates fall over all of them: start a new run from --teacher and --student.)
+# not, as learning rates fall over all of them: start a new run from --teacher and --student. recipe
+# and quick are compared by what they choose.)
 MAY_CHANGE = UNNAMED | {"learning_rate", "teacher_learning_rate", "critic_learning_rate",
                         "recipe", "quick"}
 
@@ -1396,11 +1397,11 @@ def open_teacher(given, device):
     known = {"dataset": "imagenet", "toy": TOYS[0], **file.get("config", {}), **network.settings}
     names = ("dataset", "toy", "hidden_size", "depth", "num_heads", "patch_size")
     fixed = {name: known[name] for name in names}
-    name = given["teacher"]
+    place = given["teacher"]
     if not file.get("has_null", True):
-        name += ", without null label, so without guidance,"
+        place += ", without null label, so without guidance,"
         fixed |= {"guidance_max": 1.0, "guidance": 1.0, "label_dropout": 0.0}
-    check_settings(name, fixed, {k: v for k, v in given.items() if k in fixed})
+    check_settings(place, fixed, {k: v for k, v in given.items() if k in fixed})
     given.update(fixed)
     return network
 

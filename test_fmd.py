@@ -1130,7 +1130,7 @@ def test_the_sample_stage(finished, tmp_path, monkeypatch, capsys):
     assert "8 labels" in run(*flags, 7, "--classes", "-1", status=1, capsys=capsys)
     assert "--guidance" in run(*flags, 7, "--guidance", "3", status=2, capsys=capsys)
     line = run("--stage", "sample", "--out", "nowhere", status=1, capsys=capsys)
-    assert "nowhere/student.pt cannot be used" in line and "--out of another run" in line
+    assert "nowhere/student.pt cannot be used" in line and "other flags or --out" in line
     for wrong in (["--toy", "moons"], ["--dataset", "mnist"], ["--guidance-max", "3"],
                   ["--student", "s.pt"], ["--recipe", "paper"], ["--seed", "1"],
                   ["--learning-rate", "5.0"]):
