@@ -220,7 +220,7 @@ def decay(D, k):
     count less.
     Why decay: the paper's FID (DiT-B/2) is about 12 for each k without correction, with correction
     43.5 for k = 0, 10.6 for 1/2 and 5.6 for 1. We guess: the losses disagree most where residuals
-    are large, and below 1 a larger k weakens the correction beside the prediction (see balance)."""
+    are large, and if m^2 < 1 a larger k weakens the correction beside the prediction (balance)."""
     return D / expand((mean_square(D) + EPS) ** k)
 
 
@@ -250,8 +250,8 @@ class Distiller(nn.Module):
             F = student.F(z_G, delta, y_G, guidance_G)
             D_G = self.residual(student, u, F, z_G, delta, y_G, guidance_G, **more)
             metrics["prediction"] = mean_square(D_G).mean()
-            # Why F * sg(D): its gradient is [9] up to 1/d, and D can be decayed. Its value means
-            # nothing: watch ||D_G||^2.
+            # Why F * sg(D): its gradient is [9] up to 1/d, and D can be decayed. Its value, of any
+            # sign, means nothing: watch ||D_G||^2.
             loss = (F * decay(D_G, config.decay)).mean()
         if len(z_N):  # Correct, at delta = 1: the paper found no gain at other delta
             u = guided(self.teacher, guidance_N, config.correction_interval)
@@ -261,8 +261,8 @@ class Distiller(nn.Module):
             # student and teacher hardly overlap, and D_N cannot see modes that the student lacks.
             # (The paper's FID with r up to 0.6 only is 92, with these r 5.6.)
             x_r = interpolate(x, n, r)
-            # Why a critic: v_N has no closed form and changes at every step. Flow matching learns
-            # it. x is detached, so critic_loss trains the critic alone.
+            # Why a critic: v_N, of the student's own samples, has no closed form and changes at
+            # every step. Flow matching learns it. x is detached: critic_loss trains the critic.
             v_N = self.critic(x_r, r, y_N, guidance_N)
             critic_loss = (v_N - (x - n)).square().mean()
             D_N = correction_gradient(v_N, u, x_r, r, y_N)
@@ -746,7 +746,7 @@ CHECKPOINT_INTERVAL = 500  # steps that are lost at most if a run is killed
 # Beside the progress bar, and as curves: {metric: title}.
 SHOWN = {"flow_matching": "teacher: flow matching loss",
          "prediction": "student: prediction residual² / d",
-         "correction": "critic: ||v_N - u||² / d",
+         "correction": "critic: ||D_N||² / d",
          "endpoint_error": "student: endpoint error"}
 TEACHER, STUDENT, WEIGHTS, EVALUATION, SAMPLING = range(5)  # streams of random numbers
 
@@ -778,8 +778,8 @@ class SolverDistiller(Distiller):
     (f(z, delta) - end) / delta takes the place of D_G, also in lambda: it moves f(z, delta) to
     `end`. For small h, end is start + h u: this is then (h / delta) D_G (without ema_target). Why h
     is long: the jump to start brings the student's errors along, and a longer h has more of the
-    teacher. As the target is a place, not a slope, f(z, 1) can be trained itself: recipe fast has
-    delta = 1 in half of these rows."""
+    teacher. As the target is a place, not a slope as in [7], f(z, 1) can be trained itself: recipe
+    fast has delta = 1 in half of the rows that predict."""
 
     ema_student = None  # set by train for ema_target: a FlowMap of averaged weights
 
@@ -886,7 +886,7 @@ def train(module, config, state=None):
             part = {name: v[rows].to(device) for name, v in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16"):
                 loss, metrics = parallel(**part)
-            # DDP averages .grad again. What earlier parts left is the average: it stays the same.
+            # DDP averages all of .grad. What earlier parts left is equal everywhere: it stays.
             (loss / count).backward()
             values.append(torch.stack([loss, *metrics.values()]).detach())
         loss, *means = mean_over_processes(torch.stack(values).mean(0))
