@@ -29,8 +29,8 @@ The paper's equations, with theta the student's weights
     [11] its gradient, E[(dF/dtheta)^T D_N], up to a weight for each r
 
 Commands to paste; the same command continues a run that was interrupted
-    python fmd.py --dataset toy2d                            # a 2-D toy, with SolverDistiller (6)
-    python fmd.py --dataset toy2d --recipe paper             # the paper's own loss
+    python fmd.py --dataset toy2d                            # a 2-D toy, by our recipe (section 6)
+    python fmd.py --dataset toy2d --recipe paper             # by the paper's own loss (section 1)
     python fmd.py --dataset mnist --quick                    # digits with guidance, on two cores
     python fmd.py --dataset imagenet --teacher SiT-XL-2-256x256.pt --teacher-format sit
 """
