@@ -1516,8 +1516,7 @@ def run_sampling(given, device):
         y = torch.tensor(labels, device=y.device)[torch.arange(N) % len(labels)]
     y = y.expand(N)
     z = draw_noise(network, N, generator(config.sample_seed, SAMPLING))
-    x = in_batches(lambda z, y: jump(FlowMap(network), z, y, strength), z, y)
-    x = x.cpu()
+    x = in_batches(lambda z, y: jump(FlowMap(network), z, y, strength), z, y).cpu()
     rows = x.permute(0, 2, 3, 1).numpy()
     if config.dataset == "toy2d":  # in the user's coordinates
         scale, center = (np.array(network.settings[name]) for name in ("scale", "center"))
