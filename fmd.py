@@ -220,7 +220,7 @@ def decay(D, k):
     count less.
     Why decay: the paper's FID (DiT-B/2) is about 12 for each k without correction, with correction
     43.5 for k = 0, 10.6 for 1/2 and 5.6 for 1. We guess: the losses disagree most where residuals
-    are large, and if m^2 < 1 a larger k weakens the correction beside the prediction (balance)."""
+    are large, and if m^2 < 1 a larger k weakens the correction (see balance)."""
     return D / expand((mean_square(D) + EPS) ** k)
 
 
@@ -248,7 +248,7 @@ class Distiller(nn.Module):
         if len(z_G):  # Predict
             u = guided(self.teacher, guidance_G, config.guidance_interval)
             F = student.F(z_G, delta, y_G, guidance_G)
-            D_G = self.residual(student, u, F, z_G, delta, y_G, guidance_G, **more)
+            D_G = self.residual(student, u, F, z_G, delta, y_G, guidance_G, **more)  # of [9]
             metrics["prediction"] = mean_square(D_G).mean()
             # Why F * sg(D): its gradient is [9] up to 1/d, and D can be decayed. Its value, of any
             # sign, means nothing: watch ||D_G||^2.
@@ -578,7 +578,7 @@ class ImageData:
 
 
 class UserError(Exception):
-    """The user can correct it: (message,), exit status 1, or (message, 2), a wrong command."""
+    """What the user can correct: (message,), exit status 1, or (message, 2), a wrong command."""
 
 
 def option(default, help, low=-(10**10), high=10**10, choices=None):
@@ -767,6 +767,7 @@ def mean_over_processes(v):
 
 
 def device_of(network):
+    """The device of a network's weights."""
     return next(network.parameters()).device
 
 
@@ -802,8 +803,8 @@ def make_distiller(teacher, config, exact=None, start=None):
     velocity to learn, if not the teacher's. start: a network to start the student from."""
     network = DiT.from_teacher(start or teacher, config.is_guided)
     critic = DiT.from_teacher(teacher, config.is_guided) if config.corrections else None
-    kind = SolverDistiller if config.prediction == "solver" else Distiller
-    return kind(network, critic, exact or teacher, config).to(device_of(teacher))
+    distiller = SolverDistiller if config.prediction == "solver" else Distiller
+    return distiller(network, critic, exact or teacher, config).to(device_of(teacher))
 
 
 class TrainState:
@@ -1312,10 +1313,10 @@ def make_parser():
                tuple: {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}}
     defaults = make_config()
     for f in dataclasses.fields(Config):
-        kind = special.get(f.type, {"type": f.type, "choices": f.metadata["choices"]})
+        extra = special.get(f.type, {"type": f.type, "choices": f.metadata["choices"]})
         default = getattr(defaults, f.name)
         text = f.metadata["help"] + (f" (toys: {default})" if default != "" else "")
-        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
+        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **extra)
     return parser
 
 
@@ -1339,11 +1340,11 @@ def name_folder(given):
     return Path(given.get("out") or f"runs/{name}")
 
 
-def check_settings(place, theirs, mine, may_differ=()):
+def check_settings(where, theirs, mine, may_differ=()):
     """Raises UserError if a folder or file, with settings `theirs`, is not one of `mine`."""
     for name, v in mine.items():  # array_equal: an interval is a tuple or, from a flag, a list
         if name not in may_differ and not np.array_equal(theirs.get(name, v), v):
-            raise UserError(f"{place} has {flag(name)} {theirs[name]}, not {v}: give the same "
+            raise UserError(f"{where} has {flag(name)} {theirs[name]}, not {v}: give the same "
                             "settings, or another --out or --teacher", 2)
 
 
@@ -1397,11 +1398,11 @@ def open_teacher(given, device):
     known = {"dataset": "imagenet", "toy": TOYS[0], **file.get("config", {}), **network.settings}
     names = ("dataset", "toy", "hidden_size", "depth", "num_heads", "patch_size")
     fixed = {name: known[name] for name in names}
-    place = given["teacher"]
+    where = given["teacher"]
     if not file.get("has_null", True):
-        place += ", without null label, so without guidance,"
+        where += ", without null label, so without guidance,"
         fixed |= {"guidance_max": 1.0, "guidance": 1.0, "label_dropout": 0.0}
-    check_settings(place, fixed, {k: v for k, v in given.items() if k in fixed})
+    check_settings(where, fixed, {k: v for k, v in given.items() if k in fixed})
     given.update(fixed)
     return network
 
@@ -1458,15 +1459,15 @@ def run_stages(teacher, start, data, config, out):
 
 def run_stage(kind, module, config, out, score=None):
     """Train, or go on from out/<kind>.pt (on a CPU to the same bits). Returns the averaged network
-    and the log, score(network) in it. At Ctrl-C and SIGTERM the step is saved; then UserError."""
+    and the log, with score(network). At Ctrl-C and SIGTERM the step is saved; then UserError."""
     path = out / f"{kind}.pt"
     state = TrainState(module, config, path)
     if RANK == 0 and state.step:
         print(f"{path}: {state.step} of {config.steps} steps are done; to redo them, change --out")
-    parts = math.gcd(config.batch_size, config.corrections)  # equal: FLOPs are counted in one
-    part = {k: v[::parts].to(device_of(module.network)) for k, v in module.draw(0).items()}
+    every = math.gcd(config.batch_size, config.corrections)  # FLOPs: counted in a part of the rows
+    rows = {k: v[::every].to(device_of(module.network)) for k, v in module.draw(0).items()}
     with FlopCounterMode(display=False) as counter:
-        module(**part)[0].backward()
+        module(**rows)[0].backward()
     module.zero_grad()
     recent, interrupts, clock = [], [], time.perf_counter()
     signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
@@ -1480,7 +1481,7 @@ def run_stage(kind, module, config, out, score=None):
             seconds = (time.perf_counter() - clock) / len(recent)  # a step
             line = {k: torch.stack([m[k] for m in recent]).nanmean().item() for k in metrics}
             line["samples_per_second"] = config.batch_size / seconds
-            line["tflops"] = parts * counter.get_total_flops() / seconds / 1e12
+            line["tflops"] = every * counter.get_total_flops() / seconds / 1e12
             line["peak_gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             if RANK == 0 and score:
                 line["endpoint_error"] = score(state.ema)
