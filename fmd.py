@@ -14,10 +14,9 @@ Notation, everywhere in this file
     phi(z, delta)  the state that the teacher's path from the noise z reaches at delta
     F(z, delta)    the student's network: learns the average velocity of this path up to delta
     f(z, delta)    the student's phi: one jump along F, f = z + delta F. f(z, 1) is a sample
-    v_G, D_G       predict (G: generating): v_G = df/ddelta, a partial derivative: z is fixed.
-                   D_G = v_G - u(f, 1 - delta)
-    v_N, D_N       correct (N: noising): v_N = E[x - n | x_r] for the student's samples x, noised
-                   to x_r at a random time r; a critic learns it. D_N = v_N - u(x_r, r)
+    v_G, D_G       predict (G: generating). v_G = df/ddelta at fixed z, D_G = v_G - u(f, 1 - delta)
+    v_N, D_N       correct (N: noising). The student's samples x are noised to x_r at a random time
+                   r, by new noise n. v_N = E[x - n | x_r] (by a critic), D_N = v_N - u(x_r, r)
     y, guidance    the label, and gamma, the strength of guidance
     sg             stop-gradient: held constant
 Shapes: x, z, n are images (B, C, H, W) of d = C H W values; a point of the plane is 2 x 1 x 1.
@@ -82,7 +81,7 @@ class FlowMap:
     """The student: a network read as F, the average velocity from t = 1 to t = 1 - delta.
 
     Why it starts with the teacher's weights: over a jump of length 0 the average velocity is
-    u(z, 1), and F(z, 0) of the teacher's network is just that (a guided u(z, 1) differs)."""
+    u(z, 1), and F(z, 0) of the teacher's network is just that (without guidance)."""
 
     def __init__(self, network):
         self.network = network
@@ -114,7 +113,7 @@ def solve_ode(u, z, steps, method="heun", y=None, return_path=False, t=1.0, leng
     path = [z]
     for _ in range(steps):
         x = path[-1]
-        slope = k1 = u(x, t, y)  # euler
+        slope = k1 = u(x, t, y)
         if method == "heun":
             slope = (k1 + u(x + step * k1, t - dt, y)) / 2
         elif method == "rk4":
@@ -136,7 +135,7 @@ def guided(teacher, guidance, interval=(0.0, 1.0)):
 
     def u(x, t, y=None):
         null = teacher(x, t)
-        # 1e-4: a solver's t is rounded.
+        # 1e-4, since at the ends a solver's t has rounding errors
         is_inside = (interval[0] - 1e-4 <= t) & (t <= interval[1] + 1e-4)
         gamma = torch.where(is_inside, guidance, 1.0)
         return null + expand(gamma) * (teacher(x, t, y) - null)
@@ -150,43 +149,39 @@ def mean_square(D):
 
 
 @torch.no_grad()  # sg: D_G is a constant
-def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp", spacing=0.005,
-                        F=None):
+def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp", spacing=0.005):
     """Predict: D_G = v_G - u(f, 1 - delta), (B, C, H, W), with v_G = F + delta dF/ddelta. If it is
     0 for all z and delta [7], f solves the teacher's ODE from z, so f = phi.
 
-    F: F(z, delta), if the caller has computed it. form: how dF/ddelta is computed, "jvp" (forward
-    mode, exact) or "difference" (of F at delta + spacing and delta - spacing, one-sided at the
-    ends). Raises ValueError for another form.
+    form: how dF/ddelta is computed, "jvp" (forward mode, exact) or "difference" (of F at delta +
+    spacing and delta - spacing, one-sided at the ends). Raises ValueError for another form.
 
     Why a small D_G can leave a large error: u is evaluated at f, not at phi. So the error e = f -
-    phi has de/ddelta = D_G + (u(f) - u(phi)): D_G adds new error, and u enlarges or shrinks the
-    old at the rate L = <e, u(f) - u(phi)> / ||e||^2. L > 0 where paths part, between modes; inside
-    of a narrow mode mostly L < 0. As d||e||/ddelta = <e, de/ddelta> / ||e|| <= ||D_G|| + L ||e||
-    and e = 0 at delta = 0,
+    phi has de/ddelta = D_G + (u(f) - u(phi)). D_G adds new error. The old error grows where paths
+    part, between modes, and mostly shrinks inside of a mode. With its rate of growth by u,
+    L = <e, u(f) - u(phi)> / ||e||^2, and e = 0 at delta = 0,
         ||e|| at delta = 1 <= integral over delta of ||D_G|| exp(integral of L from delta to 1)."""
-    if F is None:
-        F = student.F(z, delta, y, guidance)
     # Why a partial derivative: the jump starts at the fixed noise z, and only its end moves with
     # delta. (In MeanFlow the start moves, so its derivative also has a term (dF/dx_t) dx_t/dt.)
     if form == "jvp":
-        delta = delta.contiguous()  # jvp refuses an expanded one
+        delta = delta.contiguous()  # jvp refuses an expanded tensor
         # Fused attention has no forward-mode derivative.
         with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
-            _, dF = torch.func.jvp(
-                lambda d: student.F(z, d, y, guidance), (delta,), (torch.ones_like(delta),))
+            F, dF = torch.func.jvp(
+                lambda v: student.F(z, v, y, guidance), (delta,), (torch.ones_like(delta),))
     elif form == "difference":
         low = (delta - spacing).clamp(min=0)
         high = (delta + spacing).clamp(max=1)
+        F = student.F(z, delta, y, guidance)
         dF = student.F(z, high, y, guidance) - student.F(z, low, y, guidance)
         dF = dF / expand(high - low)
     else:
         raise ValueError(f"prediction_gradient: {form} is not jvp or difference")
     # Why u at f: a solution of the ODE has df/ddelta = u(f, 1 - delta) [7], and the student's own f
     # costs neither data nor a solver.
-    # Why sg: [8] then moves F to the target u(f) - delta dF/ddelta. A gradient through u(f) could
-    # instead move f to where u happens to be near v_G. One through dF/ddelta would be a costly
-    # second derivative.
+    # Why sg: the target of [8], F - D_G = u(f) - delta dF/ddelta, depends on the weights too. A
+    # gradient through u(f) could move f to where u happens to be near v_G. One through dF/ddelta
+    # would be a costly second derivative.
     f = z + expand(delta) * F
     return F + expand(delta) * dF - u(f, 1 - delta, y)  # [7] as a residual: D_G of [9]
 
@@ -196,13 +191,13 @@ def correction_gradient(v_N, u, x_r, r, y=None):
     """Correct: D_N = v_N - u(x_r, r) of [11], (B, C, H, W). D_G checks one point of a path. D_N
     compares the student's samples, as a set, with the teacher's.
 
-    Why the loss F(z, 1) . D_N lowers the KL of [10], with s and s_u the scores (gradients of log p)
-    of the student's x_r and of the teacher's:
+    Why the loss F(z, 1) . D_N lowers the KLs of [10], with s and s_u the scores (gradients of
+    log p) of the student's x_r and of the teacher's:
     1. The KL's gradient is E[(dx_r/dtheta)^T (s - s_u)], with dx_r/dtheta = (1 - r) dF/dtheta.
        (The student's log p depends on theta too, but E[dlog p/dtheta] = 0.)
-    2. Tweedie's formula: s = -E[n | x_r] / r. As n = x_r - (1 - r) (x - n), E[n | x_r] is
-       x_r - (1 - r) v_N for an exact critic. s_u is the same with u. So s - s_u = (1 - r) / r D_N.
-    The factors, (1 - r)^2 / r > 0, are left out as in [11]: they only set the weight of each r.
+    2. Tweedie's formula: s = -E[n | x_r] / r. As n = x_r - (1 - r) (x - n), an exact critic gives
+       s = -(x_r - (1 - r) v_N) / r and s_u = -(x_r - (1 - r) u) / r. So s - s_u = (1 - r) / r D_N.
+    The gradient has the factor (1 - r)^2 / r > 0, left out in [11]: it only weights each r's KL.
 
     Why D_N need not be zero for a perfect student: step 2 for s_u needs u = E[x - n | x_r] over the
     samples x of u's own ODE. A learned u is only near this mean, a guided u is another function."""
@@ -218,9 +213,9 @@ def decay(D, k):
     What k does: a residual of size m, m^2 = ||D||^2 / d, gets the size m^(1 - 2k), if m^2 is well
     above eps. At k = 0 large ones dominate the gradient, at 1/2 all count equally, at 1 large ones
     count less.
-    Why decay: the paper's FID (DiT-B/2) is about 12 for each k without correction, with correction
-    43.5 for k = 0, 10.6 for 1/2 and 5.6 for 1. We guess: the losses disagree most where residuals
-    are large, and if m^2 < 1 a larger k weakens the correction (see balance)."""
+    Why decay: with the correction the paper's FID (DiT-B/2) is 43.5 for k = 0, 10.6 for 1/2 and 5.6
+    for 1; without it about 12 for each k. We guess: the losses disagree most where residuals are
+    large, and if m^2 < 1 a larger k weakens the correction (see balance)."""
     return D / expand((mean_square(D) + EPS) ** k)
 
 
@@ -232,9 +227,8 @@ class Distiller(nn.Module):
     u(x, t, y), never changed. config: a Config (section 5), with prediction jvp or difference.
 
     Why the correction has its own guidance interval: the paper guides u there only for r up to
-    0.7, about half of all r, and has FID 5.6 (DiT-B/2), with [0, 1] 8.7. D_N is not zero for a
-    perfect student. On digits we measured where it pulls: with a guided u to stronger guidance,
-    with an unguided u to weaker. Our guess: a mix balances the two."""
+    0.7, about half of all r, and has FID 5.6 (DiT-B/2), with [0, 1] 8.7. On digits (README) a
+    guided u pulls the student to stronger guidance, an unguided u to weaker: a mix balances."""
 
     def __init__(self, network, critic, teacher, config):
         super().__init__()
@@ -242,7 +236,7 @@ class Distiller(nn.Module):
         self.config = config
 
     def forward(self, z_G, y_G, delta, z_N, y_N, r, n, guidance_G=None, guidance_N=None, **more):
-        """Rows _G predict, rows _N correct. more: h, for SolverDistiller. Returns loss, metrics."""
+        """Rows _G predict, rows _N correct. more: for SolverDistiller. Returns loss, metrics."""
         config, student = self.config, FlowMap(self.network)
         loss, metrics, D_G = 0.0, {}, None
         if len(z_G):  # Predict
@@ -267,8 +261,8 @@ class Distiller(nn.Module):
             critic_loss = (v_N - (x - n)).square().mean()
             D_N = correction_gradient(v_N, u, x_r, r, y_N)
             lambda_ = self.balance(D_G, D_N)
-            # D_N is not decayed: with a factor for each x_r it is no gradient of a KL. (lambda is
-            # one number for all.)
+            # D_N is not decayed: with a factor that depends on x_r it is no gradient of a KL.
+            # lambda is one number for all x_r.
             loss = loss + lambda_ * (F * D_N).mean()  # its gradient is [11]
             loss = loss + critic_loss
             metrics |= {"correction": mean_square(D_N).mean(), "critic": critic_loss,
@@ -276,17 +270,17 @@ class Distiller(nn.Module):
         return loss, metrics
 
     def residual(self, student, u, F, z, delta, y, guidance):
-        """D_G, (B, C, H, W), without a graph. F is F(z, delta), whose graph the loss needs."""
-        return prediction_gradient(student, u, z, delta, y, guidance, self.config.prediction, F=F)
+        """D_G, (B, C, H, W), without a graph. F: F(z, delta), used by SolverDistiller."""
+        return prediction_gradient(student, u, z, delta, y, guidance, self.config.prediction)
 
     def balance(self, D_G, D_N):
         """lambda = alpha E||D_G|| / (E||D_N|| + eps), the weight of the correction; alpha if there
         is no D_G. (Both norms are divided by sqrt(d), so that eps fits all d.)
 
-        Why lambda: lambda D_N is alpha times as large as D_G, so the correction fades as D_G does.
-        (With the decayed D_G, of size ||D_G||^(1 - 2k), the correction would not fade at k = 1/2,
-        and would grow at k = 1.) Beside the decayed D_G it has the size alpha (||D_G||^2 / d +
-        eps)^k. The price: when D_N is small, lambda enlarges the critic's error."""
+        Why lambda: the sizes of D_G and D_N change in training. lambda D_N is alpha times as large
+        as D_G, so the correction fades as D_G does. For k > 0 it also fades beside the decayed D_G:
+        there it is alpha (||D_G||^2 / d + eps)^k times as large. (With the decayed D_G in lambda it
+        would stay alpha times as large.)"""
         if D_G is None:
             return torch.tensor(self.config.alpha, device=D_N.device)
         norm_G = mean_over_processes(mean_square(D_G).sqrt().mean())
@@ -296,11 +290,11 @@ class Distiller(nn.Module):
     def draw(self, step):
         """The batch of a step, from the prior alone: {name: tensor, one row for each sample}."""
         config, classes, shape = self.config, self.network.num_classes, self.network.shape
-        g = generator(config.seed, STUDENT, step)  # section 6
-        correct = config.corrections
-        predict = config.batch_size - correct
+        g = generator(config.seed, STUDENT, step)  # of this step's random numbers: section 6
+        rows_N = config.corrections
+        rows_G = config.batch_size - rows_N
         batch = {}
-        for side, count in ("G", predict), ("N", correct):
+        for side, count in ("G", rows_G), ("N", rows_N):
             y = torch.randint(max(1, classes), (count,), generator=g)  # no classes: 0 is null
             is_null = torch.rand(count, generator=g) < config.label_dropout
             batch[f"z_{side}"] = torch.randn(count, *shape, generator=g)
@@ -308,11 +302,11 @@ class Distiller(nn.Module):
             if config.is_guided:
                 strength = torch.rand(count, generator=g)
                 batch[f"guidance_{side}"] = 1 + (config.guidance_max - 1) * strength
-        # delta covers (0, 1], as [7] at one delta only tells how f changes there, not where it is.
-        # Stratified for less variance: one row in each of `predict` equal parts, from 1 downwards.
-        batch["delta"] = 1 - (torch.arange(predict) + torch.rand(predict, generator=g)) / predict
-        batch["r"] = torch.sigmoid(config.r_location + torch.randn(correct, generator=g))
-        batch["n"] = torch.randn(correct, *shape, generator=g)
+        # Why all delta are needed: D_G = 0 at delta = 1 alone does not fix f(z, 1). Stratified for
+        # less variance: one row in each of rows_G equal parts of (0, 1], from 1 downwards.
+        batch["delta"] = 1 - (torch.arange(rows_G) + torch.rand(rows_G, generator=g)) / rows_G
+        batch["r"] = torch.sigmoid(config.r_location + torch.randn(rows_N, generator=g))
+        batch["n"] = torch.randn(rows_N, *shape, generator=g)
         return batch
 
 
@@ -322,23 +316,24 @@ class Distiller(nn.Module):
 class GaussianMixture(nn.Module):
     """Equally likely Gaussians N(means[k], blur^2 I): data, its exact velocity, and its support.
     means: (K, d); blur > 0; labels: (K,) int64 below num_classes, all 0 without classes. center,
-    scale: numbers or lists of d. A point x is center + scale x in the user's coordinates."""
+    scale: numbers or lists of d. A point x is center + scale x in the user's coordinates.
+    is_exact: whether forward and coverage can be used."""
 
     def __init__(self, means, blur, labels, num_classes, center=0.0, scale=1.0):
         super().__init__()
         self.register_buffer("means", means)
         self.register_buffer("labels", labels)
         self.blur, self.num_classes = blur, num_classes
-        self.has_density = len(means) <= 2000  # else B x K numbers would need too much memory
+        self.is_exact = len(means) <= 2000  # more need too much memory
         self.shape = (means.shape[1], 1, 1)
-        self.place = {"center": center, "scale": scale}
+        self.coordinates = {"center": center, "scale": scale}
 
     def forward(self, x, t, y=None):
         """The exact u(x, t | y), (B, d, 1, 1). x_t is a mixture too, with means (1 - t) mu_k and
-        variance (1 - t)^2 blur^2 + t^2. Given its component k, x - n and x_t are jointly Gaussian
-        with means mu_k and (1 - t) mu_k. So E[x - n | x_t] is mu_k + slope (x_t - (1 - t) mu_k),
-        with slope = Cov(x - n, x_t) / Var(x_t). As this is linear in mu_k, its mean over k, given
-        x_t, has E[mu_k | x_t] in place of mu_k."""
+        variance (1 - t)^2 blur^2 + t^2. In component k, x - n and x_t are jointly Gaussian with
+        means mu_k and (1 - t) mu_k, so E[x - n | x_t, k] = mu_k + slope (x_t - (1 - t) mu_k), with
+        slope = Cov(x - n, x_t) / Var(x_t). Averaging this over k puts E[mu_k | x_t] in place of
+        mu_k, as it is linear in mu_k."""
         x_t = x.flatten(1)
         t = t[:, None]
         variance = (1 - t) ** 2 * self.blur**2 + t**2
@@ -395,7 +390,8 @@ class FlowMatching(nn.Module):
 
 
 class Embedder(nn.Module):
-    """A number per sample, (B,) -> (B, E): cosines and sines, then an MLP. t is in [0, 1]."""
+    """A number per sample, (B,) -> (B, E): cosines and sines, then an MLP. As in SiT, t in [0, 1]
+    is not multiplied by 1000."""
 
     def __init__(self, E):
         super().__init__()
@@ -404,7 +400,7 @@ class Embedder(nn.Module):
     def forward(self, v):
         frequencies = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=v.device))
         angle = v[:, None] * frequencies  # (B, 128)
-        # In bfloat16, here and in the last layer, the error of D_G would be 1.5 times as large.
+        # float32: in bfloat16, here and in the last layer, D_G would have 1.5 times the error.
         with torch.autocast(v.device.type, enabled=False):
             return self.mlp(torch.cat([angle.cos(), angle.sin()], 1))
 
@@ -446,7 +442,7 @@ class Block(nn.Module):
 
 class DiT(nn.Module):
     """u(x, t | y), and with guidance=True u(x, t | y, gamma). center, scale: of GaussianMixture,
-    used by run_sampling."""
+    kept for run_sampling."""
 
     def __init__(self, input_size=1, in_channels=2, num_classes=8, hidden_size=64, depth=3,
                  num_heads=1, patch_size=1, qk_norm=False, guidance=False, center=0.0, scale=1.0):
@@ -526,7 +522,7 @@ class DiT(nn.Module):
 
 
 # 4. Data -----------------------------------------------------------------------------------------
-# Everything here has shape, num_classes and draw(N, generator) -> images (N, C, H, W), labels (N,).
+# Data has shape, num_classes, coordinates, draw(N, generator) -> images (N, C, H, W), labels (N,).
 
 TOYS = ("checkerboard", "gaussians", "moons", "spirals", "rings")
 
@@ -554,14 +550,12 @@ def make_toy(name):
 class ImageData:
     """Labelled images (N, C, H, W): uint8 pictures, drawn in [-1, 1], or latents as they are."""
 
-    has_density = False  # unknown for images: no exact velocity, no coverage
-
     def __init__(self, images, labels, num_classes):
         self.images = images
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
         self.num_classes = num_classes
         self.shape = images.shape[1:]
-        self.place = {"center": 0.0, "scale": 1.0}  # as in GaussianMixture
+        self.coordinates = {"center": 0.0, "scale": 1.0}  # as in GaussianMixture
 
     def draw(self, N, g):
         i = torch.randint(len(self.labels), (N,), generator=g)
@@ -712,8 +706,8 @@ PRESETS = {
                  "teacher_learning_rate": 1e-4, "guidance_max": 3.0, "guidance": 1.4,
                  "ema_decay": 0.9999, "activation_checkpointing": True},
 }
-# The recipe paper is the defaults of Config. The paper's own are prediction, decay, alpha (it names
-# 0.3 to 3), correction_share, r_location, and in PICTURES correction_interval. The rest is ours.
+# The recipe "paper" is the defaults of Config. Of these the paper gives prediction, decay, alpha
+# (0.3 to 3), correction_share, r_location, and in PICTURES correction_interval. The rest is ours.
 RECIPES = {"paper": {},
            "fast": {"prediction": "solver", "decay": 0.5, "alpha": 0.3, "delta_scale": 2.0,
                     "ema_target": True, "correction_share": 0.125}}
@@ -772,15 +766,15 @@ def device_of(network):
 
 
 class SolverDistiller(Distiller):
-    """The form solver, ours, of recipe fast. Skip it at first. It evaluates u more often, but needs
-    no dF/ddelta: training fits F, so the derivative of an imperfect F is farther off than F is.
+    """The form solver, ours, of recipe fast. Skip it at first.
         start = f(z, delta - h)    a jump; with ema_target by the averaged weights
         end                        where the teacher's ODE leads from start, by the solver
-    (f(z, delta) - end) / delta takes the place of D_G, also in lambda: it moves f(z, delta) to
-    `end`. For small h, end is start + h u: this is then (h / delta) D_G (without ema_target). Why h
-    is long: the jump to start brings the student's errors along, and a longer h has more of the
-    teacher. As the target is a place, not a slope as in [7], f(z, 1) can be trained itself: recipe
-    fast has delta = 1 in half of the rows that predict."""
+    (f(z, delta) - end) / delta takes the place of D_G, also in lambda and the log: it moves
+    f(z, delta) to `end`. For small h, end is start + h u, and this is (h / delta) D_G (without
+    ema_target). Why no dF/ddelta: training fits F, and the derivative of an imperfect F is farther
+    off than F is. Why h is long: the jump to start has the student's errors, the rest is the
+    teacher's. As the target is a state, not a slope as in [7], f(z, 1) can be trained itself:
+    recipe fast has delta = 1 in half of the rows that predict."""
 
     ema_student = None  # set by train for ema_target: a FlowMap of averaged weights
 
@@ -789,7 +783,7 @@ class SolverDistiller(Distiller):
         delta = (config.delta_scale * batch["delta"]).clamp(1e-3, 1)  # residual divides by it
         g = generator(config.seed, STUDENT, step, 1)  # not the numbers of super
         h = config.solver_interval * (1 + torch.rand(len(delta), generator=g)) / 2
-        return {**batch, "delta": delta, "h": torch.minimum(h, delta)}  # h = delta: from z on
+        return {**batch, "delta": delta, "h": torch.minimum(h, delta)}  # if h = delta, start is z
 
     @torch.no_grad()
     def residual(self, student, u, F, z, delta, y, guidance, h):
@@ -812,9 +806,9 @@ class TrainState:
 
     def __init__(self, module, config, path=None):
         self.step, self.log = 0, []
+        self.skipped = 0  # consecutive steps
         self.ema = copy.deepcopy(module.network).requires_grad_(False)
-        children = dict(module.named_children())  # without a critic that is None
-        trained = {name: children[name] for name in ("network", "critic") if name in children}
+        trained = {k: getattr(module, k) for k in ("network", "critic") if getattr(module, k, None)}
         # requires_grad_: load_student's network is frozen.
         groups = [{"params": list(v.requires_grad_().parameters())} for v in trained.values()]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
@@ -832,12 +826,13 @@ class TrainState:
                 self.step, self.log = saved["step"], saved["log"]
 
     def update(self, loss, config):
-        """One step of weights and average, by the gradients in .grad. Returns whether loss and
-        gradients are finite; if not, the step is skipped."""
+        """One step of weights and average, by the gradients in .grad. It is skipped if they or the
+        loss are not finite."""
         groups = self.optimizer.param_groups  # one for each network that is trained
         norms = [nn.utils.clip_grad_norm_(group["params"], CLIP) for group in groups]
-        is_finite = torch.stack([loss, *norms]).isfinite().all().item()
-        if is_finite:
+        self.skipped += 1
+        if torch.stack([loss, *norms]).isfinite().all():
+            self.skipped = 0
             rise = min(1, (self.step + 1) / WARMUP)
             for group, peak in zip(groups, (config.learning_rate, config.critic_learning_rate)):
                 group["lr"] = peak * rise * (1 - self.step / config.steps)
@@ -848,12 +843,11 @@ class TrainState:
                 torch._foreach_lerp_(list(self.ema.parameters()), groups[0]["params"], 1 - kept)
         self.optimizer.zero_grad()
         self.step += 1
-        return is_finite
 
     def write(self, path, config):
         """Process 0 writes a checkpoint, and the log beside it."""
         parts = {name: part.state_dict() for name, part in self.parts.items()}
-        checkpoint = {"kind": path.stem, "config": dataclasses.asdict(config), "log": self.log,
+        checkpoint = {"kind": path.stem, "config": vars(config), "log": self.log,
                       "settings": self.ema.settings, "step": self.step, **parts}
         if RANK == 0:
             save(path, lambda file: torch.save(checkpoint, file))
@@ -866,10 +860,9 @@ def train(module, config, state=None):
 
     module.draw(step) -> {name: tensor, one row for each sample}. module(**batch) -> scalar loss,
     {name: scalar tensor}. state: the one that an earlier train of this module yielded, to go on.
-    Loss, gradients and metrics are means over processes and micro-batches, which need equally many
-    rows. A step that is not finite is skipped; ten consecutive ones raise UserError."""
+    Loss, gradients and metrics are means over processes and micro-batches, each with as many rows.
+    A step that is not finite is skipped; ten consecutive ones raise UserError."""
     state = state or TrainState(module, config)
-    skipped = 0  # consecutive steps
     if config.ema_target:
         module.ema_student = FlowMap(state.ema)
     device = device_of(module.network)
@@ -887,15 +880,15 @@ def train(module, config, state=None):
             part = {name: v[rows].to(device) for name, v in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16"):
                 loss, metrics = parallel(**part)
-            # DDP averages all of .grad. What earlier parts left is equal everywhere: it stays.
+            # DDP averages all of .grad. What earlier parts left is equal everywhere, so it stays.
             (loss / count).backward()
             values.append(torch.stack([loss, *metrics.values()]).detach())
         loss, *means = mean_over_processes(torch.stack(values).mean(0))
-        skipped = 0 if state.update(loss, config) else skipped + 1
-        if skipped == 10:
+        state.update(loss, config)
+        if state.skipped == 10:
             raise UserError(f"step {state.step}: ten consecutive steps are not finite: lower the "
                             "learning rate, and give this run's --out to keep its checkpoints")
-        metrics = dict(zip(metrics, means), skipped=torch.tensor(float(skipped > 0)))
+        metrics = dict(zip(metrics, means), skipped=torch.tensor(float(state.skipped > 0)))
         yield state.step, metrics, state
 
 
@@ -906,10 +899,10 @@ SET_STEPS = 8
 
 
 def in_batches(f, z, y):
-    """f(z, y), computed for a part of the rows at a time: memory stays small. y: (B,) or (1,)."""
+    """f(z, y) on the CPU, a part of the rows at a time: memory stays small. y: (B,) or (1,)."""
     rows = max(1, min(4000, 2**17 // z[0].numel()))
     parts = zip(z.split(rows), y.expand(len(z)).split(rows))
-    return torch.cat([f(*part) for part in parts])
+    return torch.cat([f(*part).cpu() for part in parts])
 
 
 def draw_noise(network, N, g=None):
@@ -937,8 +930,8 @@ def student_path(student, z, points, y=None, guidance=None):
 
 def search_noise(student, reward, N, y=None, guidance=None, generator=None, keep=1):
     """Draw N noises, return those `keep` whose samples have the largest rewards, best first.
-    reward: (N, C, H, W) -> (N,). The paper's inference-time scaling: a noise costs one evaluation,
-    and the teacher's samples from the noises that are found are nearly the same."""
+    reward: (N, C, H, W) -> (N,). y, guidance: (1,) or None. The paper's inference-time scaling: a
+    noise costs one evaluation, and the teacher's samples from the best ones are nearly the same."""
     z = draw_noise(student.network, N, generator)
     rewards = reward(jump(student, z, y, guidance)).view(N)
     return z[rewards.topk(keep).indices]
@@ -990,27 +983,27 @@ def evaluate(student, teacher, data, config, out, log):
     u = guided(teacher, strength, config.guidance_interval)
     z, other_z = draw_noise(network, 2 * N, generator(config.seed, EVALUATION, 1)).chunk(2)
     few = slice(max(128, 2000 // math.prod(network.shape)))
-    path = solve_ode(u, z[few], PATH_STEPS, "rk4", y[few], return_path=True)
-    jumps = student_path(student, z[few], PATH_STEPS, y[few], strength)
+    path = solve_ode(u, z[few], PATH_STEPS, "rk4", y[few], return_path=True).cpu()
+    jumps = student_path(student, z[few], PATH_STEPS, y[few], strength).cpu()
     errors = [relative_error(a, b) for a, b in zip(jumps, path)]
     sets = {"teacher": in_batches(lambda z, y: solve_ode(u, z, SET_STEPS, "rk4", y), z, y),
             "student": in_batches(lambda z, y: jump(student, z, y, strength), z, y)}
     others = in_batches(lambda z, y: solve_ode(u, z, SET_STEPS, "rk4", y), other_z, y)
     floor = sliced_w2(sets["teacher"], others)
-    ratio = sliced_w2(sets["student"], others) / floor
-    nfe = SET_STEPS * METHODS["rk4"] * (1 + config.is_guided)
-    print(f"endpoint error {errors[-1]:.4f} of the spread (0 is exact); SW2 {ratio:.3f} "
-          f"times its floor (1 is the goal); 1 evaluation instead of {nfe}")
-    metrics = {"endpoint_error": errors[-1], "sw2_ratio": ratio, "sw2_floor": floor,
-               "teacher_nfe": nfe, "error_along_path": errors, "log": log,
-               "config": dataclasses.asdict(config), "torch": str(torch.__version__)}
+    metrics = {"endpoint_error": errors[-1], "error_along_path": errors, "sw2_floor": floor,
+               "sw2_ratio": sliced_w2(sets["student"], others) / floor, "log": log,
+               "teacher_nfe": SET_STEPS * METHODS["rk4"] * (1 + config.is_guided),
+               "config": vars(config), "torch": str(torch.__version__)}
+    print(f"endpoint error {errors[-1]:.4f} of the spread (0 is exact); "
+          f"SW2 {metrics['sw2_ratio']:.3f} times its floor (1 is the goal); "
+          f"1 evaluation instead of {metrics['teacher_nfe']}")
     if data is not None:
-        x, other_x = data.draw(2 * N, generator(config.seed, EVALUATION, 2))[0].to(z).chunk(2)
+        x, other_x = data.draw(2 * N, generator(config.seed, EVALUATION, 2))[0].chunk(2)
         sets = {"data": x, **sets}
         data_floor = sliced_w2(x, other_x)
-        for name, x in sets.items():
-            covered = data.coverage(x.cpu()) if data.has_density else {}
-            metrics[name] = {"SW2 to data": sliced_w2(x, other_x) / data_floor, **covered}
+        for name, drawn in sets.items():
+            covered = data.coverage(drawn) if getattr(data, "is_exact", False) else {}
+            metrics[name] = {"SW2 to data": sliced_w2(drawn, other_x) / data_floor, **covered}
             print(f"{name:>8}:", ", ".join(f"{k} {v:.3f}" for k, v in metrics[name].items()))
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
     save_pictures(metrics, sets, path, jumps, out)
@@ -1089,9 +1082,8 @@ def plot_losses(log):
     """The curves of SHOWN, from the lines of a log."""
     figure = Figure((16, 3.6), layout="constrained")
     for axis, (name, title) in zip(figure.subplots(1, len(SHOWN)), SHOWN.items()):
-        lines = [line for line in log if name in line]
-        steps = [line["step"] for line in lines]
-        axis.plot(steps, [line[name] for line in lines], color=COLORS[title.split(":")[0]])
+        curve = {line["step"]: line[name] for line in log if name in line}
+        axis.plot([*curve], [*curve.values()], color=COLORS[title.split(":")[0]])
         scale = "linear" if name == "flow_matching" else "log"  # a loss whose minimum is not 0
         axis.set(title=title, xlabel="step", yscale=scale)
     return figure
@@ -1114,8 +1106,7 @@ def animate_paths(teacher_path, student_path, frames=20):
 def save_pictures(metrics, sets, path, jumps, out):
     """All pictures of a run, from what evaluate measures."""
     counts = {"teacher": f": {metrics['teacher_nfe']} evaluations", "student": ": 1 evaluation"}
-    shown = {name + counts.get(name, ""): x[:4000].cpu() for name, x in sets.items()}
-    path, jumps = path.cpu(), jumps.cpu()
+    shown = {name + counts.get(name, ""): x[:4000] for name, x in sets.items()}
     plot = plot_paths if path.shape[-1] == 1 else plot_filmstrip
     plot_samples(shown).savefig(out / "comparison.png", dpi=110)
     plot(path, jumps).savefig(out / "paths.png", dpi=110)
@@ -1325,10 +1316,8 @@ UNNAMED = {"stage", "out", "debug", "teacher_format", "trust_teacher", "guidance
            "compile", "micro_batches", "activation_checkpointing", "eval_samples", "samples",
            "sample_seed", "classes"}
 # With --out learning rates may change too, to go on after steps that are not finite. (steps may
-# not, as learning rates fall over all of them: start a new run from --teacher and --student. recipe
-# and quick are compared by what they choose.)
-MAY_CHANGE = UNNAMED | {"learning_rate", "teacher_learning_rate", "critic_learning_rate",
-                        "recipe", "quick"}
+# not, as learning rates fall over all of them: start a new run from --teacher and --student.)
+MAY_CHANGE = UNNAMED | {"learning_rate", "teacher_learning_rate", "critic_learning_rate"}
 
 
 def name_folder(given):
@@ -1341,19 +1330,17 @@ def name_folder(given):
 
 
 def check_settings(where, theirs, mine, may_differ=()):
-    """Raises UserError if a folder or file, with settings `theirs`, is not one of `mine`."""
+    """Raises UserError if a setting differs that a folder or file, `theirs`, and `mine` have."""
     for name, v in mine.items():  # array_equal: an interval is a tuple or, from a flag, a list
         if name not in may_differ and not np.array_equal(theirs.get(name, v), v):
             raise UserError(f"{where} has {flag(name)} {theirs[name]}, not {v}: give the same "
                             "settings, or another --out or --teacher", 2)
 
 
-def claim_folder(folder, config, **sources):
-    """Compare config.json in the folder of a run, if there is one, and write it. sources: sums of
-    data, --teacher and --student, compared in place of the names of their files. Returns a lock, to
-    be used by `with`. Raises UserError if the folder has another run (in all processes, which
-    compare) or is in use."""
-    mine = {**dataclasses.asdict(config), **sources}
+def claim_folder(folder, mine):
+    """Compare config.json in the folder of a run, if there is one, with the settings `mine`, and
+    write it. Returns a lock, to be used by `with`. Raises UserError if the folder has another run
+    (in all processes, which compare) or is in use."""
     file = folder / "config.json"
     with explained(f"{folder} cannot be used: give another --out"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -1374,7 +1361,7 @@ def new_network(data, config):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(config.seed, WEIGHTS).initial_seed())
         return DiT(data.shape[1], data.shape[0], data.num_classes, config.hidden_size, config.depth,
-                   config.num_heads, config.patch_size, **data.place)
+                   config.num_heads, config.patch_size, **data.coordinates)
 
 
 def open_teacher(given, device):
@@ -1384,16 +1371,15 @@ def open_teacher(given, device):
     if RANK == 0:
         print(f"{given['teacher']}: {file.get('format', 'fmd')}, {network.settings}")
     # A file read in a wrong way would still get good scores: they compare the student with it. Two
-    # signs of it: neighbouring values without correlation (data has more than 0.5), and a spread of
-    # 2 (a network that predicts noise, u = n, gives 2z; data has about 1).
+    # signs of it: neighbouring values that differ by 1.4 spreads, as in noise (data: less than 1),
+    # and a spread of 2 (a network that predicts noise, u = n, gives 2z; data has about 1).
     if "format" in file and not given.get("trust_teacher"):
         y = torch.arange(16, device=device) % max(1, network.num_classes)
         x = solve_ode(network, draw_noise(network, 16, generator(0)), 8, y=y)
-        neighbours = torch.stack([x[..., 1:].flatten(), x[..., :-1].flatten()])
-        correlation = torch.corrcoef(neighbours)[0, 1].item()
         spread = x.std().item()
-        if not (correlation > 0.15 and 0.2 < spread < 1.7):
-            raise UserError(f"samples do not look like data ({spread=:.2f}, {correlation=:.2f}): "
+        roughness = (x[..., 1:] - x[..., :-1]).std().item() / spread
+        if not (0.2 < spread < 1.7 and roughness < 1.3):
+            raise UserError(f"samples do not look like data ({spread=:.2f}, {roughness=:.2f}): "
                             "try another --teacher-format or --num-heads, or --trust-teacher")
     known = {"dataset": "imagenet", "toy": TOYS[0], **file.get("config", {}), **network.settings}
     names = ("dataset", "toy", "hidden_size", "depth", "num_heads", "patch_size")
@@ -1402,7 +1388,7 @@ def open_teacher(given, device):
     if not file.get("has_null", True):
         where += ", without null label, so without guidance,"
         fixed |= {"guidance_max": 1.0, "guidance": 1.0, "label_dropout": 0.0}
-    check_settings(where, fixed, {k: v for k, v in given.items() if k in fixed})
+    check_settings(where, fixed, given)
     given.update(fixed)
     return network
 
@@ -1413,21 +1399,21 @@ def run_training(given, device):
     teacher = open_teacher(given, device) if given.get("teacher") else None
     config = make_config(**given)
     start = load_student(config.student, device).network if config.student else None
+    # Files are compared by a sum of their numbers, not by their names.
     sources = {name: f"of sum {network.final_layer.linear.weight.cpu().double().sum()}"
                for name, network in (("teacher", teacher), ("student", start)) if network}
-    data = None
-    if teacher is None or config.dataset == "toy2d":
-        data = open_data(config)
+    data = open_data(config) if teacher is None or config.dataset == "toy2d" else None
+    if data:
         x, y = data.draw(64, generator(0))
-        if teacher and {**teacher.settings, **data.place} != teacher.settings:
+        if teacher and {**teacher.settings, **data.coordinates} != teacher.settings:
             raise UserError(f"--toy {config.toy}: these are not this teacher's points", 2)
         total = (x.double().flatten(1).sum(1) * (y + 1)).sum()  # depends on the order of labels
-        sources["data"] = f"of sum {total}, {len(data.labels)} rows, {data.place}"
+        sources["data"] = f"of sum {total}, {len(data.labels)} rows, {data.coordinates}"
     network = teacher or new_network(data, config).to(device)
     sizes = {**network.settings, "guidance": config.is_guided}
     if start and (teacher is None or start.settings != sizes):
         raise UserError("--student: give its --teacher too, and its sizes and guidance", 2)
-    if config.exact_teacher and not getattr(data, "has_density", False):
+    if config.exact_teacher and not getattr(data, "is_exact", False):
         raise UserError("--exact-teacher: only toys have one, with 2000 points at most", 2)
     parts = WORLD * config.micro_batches
     if config.batch_size % parts or config.corrections % parts:
@@ -1437,7 +1423,7 @@ def run_training(given, device):
         torch.set_num_threads(1)
     if config.precision == "bfloat16":  # measures are in float32: with faster products
         torch.set_float32_matmul_precision("high")
-    with claim_folder(out, config, **sources):
+    with claim_folder(out, {**vars(config), **sources}):
         run_stages(network, start, data, config, out)
 
 
@@ -1515,16 +1501,14 @@ def run_sampling(given, device):
         with explained(f"--classes: {out} has {network.num_classes} labels, give some, as in 0,1"):
             labels = [range(network.num_classes).index(int(v)) for v in config.classes.split(",")]
         y = torch.tensor(labels, device=y.device)[torch.arange(N) % len(labels)]
-    y = y.expand(N)
     z = draw_noise(network, N, generator(config.sample_seed, SAMPLING))
-    x = in_batches(lambda z, y: jump(FlowMap(network), z, y, strength), z, y).cpu()
+    x = in_batches(lambda z, y: jump(FlowMap(network), z, y, strength), z, y)
     rows = x.permute(0, 2, 3, 1).numpy()
     if config.dataset == "toy2d":  # in the user's coordinates
-        scale, center = (np.array(network.settings[name]) for name in ("scale", "center"))
-        rows = scale * rows.reshape(N, 2) + center
+        rows = rows.reshape(N, 2) * network.settings["scale"] + network.settings["center"]
     elif config.dataset != "imagenet":
         rows = (127.5 * (rows + 1)).clip(0, 255).astype(np.uint8)
-    save(out / "samples.npz", lambda file: np.savez(file, rows, y.cpu().numpy()))
+    save(out / "samples.npz", lambda file: np.savez(file, rows, y.expand(N).cpu().numpy()))
     plot_samples({"student": x[:4000]}).savefig(out / "samples.png", dpi=110)
     print(f"{N} samples of step {file['step']} of {config.steps}: samples.npz and .png in {out}")
 

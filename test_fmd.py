@@ -380,7 +380,7 @@ def test_toys_and_what_their_exact_teacher_generates(toy):
     (x, y), (other, _) = (data.draw(2000, fmd.generator(i)) for i in (1, 2))
     classes = {"checkerboard": 8, "gaussians": 8, "moons": 2, "spirals": 2, "rings": 3}[toy]
     assert x.shape == (2000, *data.shape) == (2000, 2, 1, 1) and data.num_classes == classes
-    assert data.has_density and 0.8 < x.std() < 1.25 and x.mean(0).abs().max() < 0.1
+    assert data.is_exact and 0.8 < x.std() < 1.25 and x.mean(0).abs().max() < 0.1
     assert (y.bincount(minlength=classes) / 2000 - 1 / classes).abs().max() < 0.04
     found = fmd.solve_ode(data, noise(2000, *data.shape).float(), 24, "rk4")
     assert fmd.sliced_w2(found, other) < 2 * fmd.sliced_w2(x, other)
