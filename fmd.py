@@ -462,12 +462,11 @@ class DiT(nn.Module):
         self.register_buffer("pos_embed", torch.cat([columns, rows], 1)[None].float())  # (1, T, E)
         self.t_embedder = Embedder(E)
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, E)})
-        # None keeps its place in the order of parameters, on which saved optimizers rely.
-        self.register_module("guidance_embedder", Embedder(E) if guidance else None)
         self.blocks = nn.ModuleList(Block(E, num_heads, qk_norm) for _ in range(depth))
         self.final_layer = nn.ModuleDict({
             "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(E, 2 * E)),
             "linear": nn.Linear(E, p * p * C)})
+        self.guidance_embedder = Embedder(E) if guidance else None  # last: from_teacher may add it
         self.activation_checkpointing = False
         # As in DiT, blocks start as the identity and the output as zero. Embedders start larger
         # than there, as with 0.02 a narrow network learns slowly.
