@@ -157,9 +157,10 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     spacing and delta - spacing, one-sided at the ends). Raises ValueError for another form.
 
     Why a small D_G can leave a large error: u is evaluated at f, not at phi. So the error e = f -
-    phi has de/ddelta = D_G + (u(f) - u(phi)). D_G adds new error. The old error grows where paths
-    part, between modes, and mostly shrinks inside of a mode. With its rate of growth by u,
-    L = <e, u(f) - u(phi)> / ||e||^2, and e = 0 at delta = 0,
+    phi has de/ddelta = D_G + (u(f) - u(phi)), and with L = <e, u(f) - u(phi)> / ||e||^2
+        d||e||/ddelta <= ||D_G|| + L ||e||.
+    D_G adds new error. The old one grows where paths part, between modes (L > 0), and mostly
+    shrinks inside of a mode (L < 0). As e = 0 at delta = 0,
         ||e|| at delta = 1 <= integral over delta of ||D_G|| exp(integral of L from delta to 1)."""
     # Why a partial derivative: the jump starts at the fixed noise z, and only its end moves with
     # delta. (In MeanFlow the start moves, so its derivative also has a term (dF/dx_t) dx_t/dt.)
@@ -197,7 +198,8 @@ def correction_gradient(v_N, u, x_r, r, y=None):
        (The student's log p depends on theta too, but E[dlog p/dtheta] = 0.)
     2. Tweedie's formula: s = -E[n | x_r] / r. As n = x_r - (1 - r) (x - n), an exact critic gives
        s = -(x_r - (1 - r) v_N) / r and s_u = -(x_r - (1 - r) u) / r. So s - s_u = (1 - r) / r D_N.
-    The gradient has the factor (1 - r)^2 / r > 0, left out in [11]: it only weights each r's KL.
+    [11] leaves out the factor (1 - r)^2 / r of this gradient: each r's KL gets the weight
+    r / (1 - r)^2 > 0.
 
     Why D_N need not be zero for a perfect student: step 2 for s_u needs u = E[x - n | x_r] over the
     samples x of u's own ODE. A learned u is only near this mean, a guided u is another function."""
@@ -213,9 +215,9 @@ def decay(D, k):
     What k does: a residual of size m, m^2 = ||D||^2 / d, gets the size m^(1 - 2k), if m^2 is well
     above eps. At k = 0 large ones dominate the gradient, at 1/2 all count equally, at 1 large ones
     count less.
-    Why decay: with the correction the paper's FID (DiT-B/2) is 43.5 for k = 0, 10.6 for 1/2 and 5.6
-    for 1; without it about 12 for each k. We guess: the losses disagree most where residuals are
-    large, and if m^2 < 1 a larger k weakens the correction (see balance)."""
+    Why decay: the paper's FID (DiT-B/2) is about 12 for each k without the correction. With it, it
+    is 43.5 for k = 0, 10.6 for 1/2 and 5.6 for 1, so at k = 0 the correction harms. We guess: the
+    two losses disagree most where residuals are large."""
     return D / expand((mean_square(D) + EPS) ** k)
 
 
@@ -226,9 +228,10 @@ class Distiller(nn.Module):
     starts as a copy of the teacher, as v_N will be roughly u once the student has learned. teacher:
     u(x, t, y), never changed. config: a Config (section 5), with prediction jvp or difference.
 
-    Why the correction has its own guidance interval: the paper guides u there only for r up to
-    0.7, about half of all r, and has FID 5.6 (DiT-B/2), with [0, 1] 8.7. On digits (README) a
-    guided u pulls the student to stronger guidance, an unguided u to weaker: a mix balances."""
+    Why the correction has its own guidance interval: if u is guided, D_N pulls even a perfect
+    student on (see correction_gradient). On digits (README) a guided u pulls to stronger guidance,
+    an unguided u to weaker, and a mix balances both (observed, not derived). The paper guides u
+    there for r up to 0.7, about half of all r: FID 5.6 (DiT-B/2), with [0, 1] 8.7."""
 
     def __init__(self, network, critic, teacher, config):
         super().__init__()
@@ -244,8 +247,8 @@ class Distiller(nn.Module):
             F = student.F(z_G, delta, y_G, guidance_G)
             D_G = self.residual(student, u, F, z_G, delta, y_G, guidance_G, **more)  # of [9]
             metrics["prediction"] = mean_square(D_G).mean()
-            # Why F * sg(D): its gradient is [9] up to 1/d, and D can be decayed. Its value, of any
-            # sign, means nothing: watch ||D_G||^2.
+            # Why F * sg(D): it has the gradient of [8], which is [9] up to 1/d, without its target.
+            # Its value, of any sign, means nothing: watch ||D_G||^2.
             loss = (F * decay(D_G, config.decay)).mean()
         if len(z_N):  # Correct, at delta = 1: the paper found no gain at other delta
             u = guided(self.teacher, guidance_N, config.correction_interval)
@@ -253,10 +256,11 @@ class Distiller(nn.Module):
             x = (z_N + F).detach()  # f(z, 1), one-step samples
             # Why r lies near the noise (median sigmoid(0.8) = 0.69): with little noise the x_r of
             # student and teacher hardly overlap, and D_N cannot see modes that the student lacks.
-            # (The paper's FID with r up to 0.6 only is 92, with these r 5.6.)
+            # (The paper's FID is 92 if no r is above 0.6, with these r 5.6.)
             x_r = interpolate(x, n, r)
             # Why a critic: v_N, of the student's own samples, has no closed form and changes at
-            # every step. Flow matching learns it. x is detached: critic_loss trains the critic.
+            # every step. Flow matching learns it, for each label and strength, as the samples
+            # depend on them. x is detached: critic_loss trains the critic.
             v_N = self.critic(x_r, r, y_N, guidance_N)
             critic_loss = (v_N - (x - n)).square().mean()
             D_N = correction_gradient(v_N, u, x_r, r, y_N)
@@ -274,13 +278,13 @@ class Distiller(nn.Module):
         return prediction_gradient(student, u, z, delta, y, guidance, self.config.prediction)
 
     def balance(self, D_G, D_N):
-        """lambda = alpha E||D_G|| / (E||D_N|| + eps), the weight of the correction; alpha if there
-        is no D_G. (Both norms are divided by sqrt(d), so that eps fits all d.)
+        """lambda = alpha E|D_G| / (E|D_N| + eps), |D| = ||D|| / sqrt(d), the weight of the
+        correction; alpha if there is no D_G.
 
         Why lambda: the sizes of D_G and D_N change in training. lambda D_N is alpha times as large
-        as D_G, so the correction fades as D_G does. For k > 0 it also fades beside the decayed D_G:
-        there it is alpha (||D_G||^2 / d + eps)^k times as large. (With the decayed D_G in lambda it
-        would stay alpha times as large.)"""
+        as D_G, so alpha (|D_G|^2 + eps)^k times as large as the decayed D_G: for k > 0 the
+        correction fades beside the prediction as that succeeds. (D_G before its decay is our
+        choice: with the decayed D_G in lambda, the correction would not fade beside it.)"""
         if D_G is None:
             return torch.tensor(self.config.alpha, device=D_N.device)
         norm_G = mean_over_processes(mean_square(D_G).sqrt().mean())
@@ -302,8 +306,8 @@ class Distiller(nn.Module):
             if config.is_guided:
                 strength = torch.rand(count, generator=g)
                 batch[f"guidance_{side}"] = 1 + (config.guidance_max - 1) * strength
-        # Why all delta are needed: D_G = 0 at delta = 1 alone does not fix f(z, 1). Stratified for
-        # less variance: one row in each of rows_G equal parts of (0, 1], from 1 downwards.
+        # Why all delta: D_G = 0 at one delta only relates f and its slope there. On the whole path
+        # it fixes f(z, 1). Stratified, for less variance: one row in each of rows_G equal parts.
         batch["delta"] = 1 - (torch.arange(rows_G) + torch.rand(rows_G, generator=g)) / rows_G
         batch["r"] = torch.sigmoid(config.r_location + torch.randn(rows_N, generator=g))
         batch["n"] = torch.randn(rows_N, *shape, generator=g)
@@ -400,7 +404,7 @@ class Embedder(nn.Module):
     def forward(self, v):
         frequencies = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=v.device))
         angle = v[:, None] * frequencies  # (B, 128)
-        # float32: in bfloat16, here and in the last layer, D_G would have 1.5 times the error.
+        # Not in bfloat16: with it, here and in the last layer, D_G has 1.5 times the error.
         with torch.autocast(v.device.type, enabled=False):
             return self.mlp(torch.cat([angle.cos(), angle.sin()], 1))
 
@@ -466,7 +470,7 @@ class DiT(nn.Module):
         self.final_layer = nn.ModuleDict({
             "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(E, 2 * E)),
             "linear": nn.Linear(E, p * p * C)})
-        self.guidance_embedder = Embedder(E) if guidance else None  # last: from_teacher may add it
+        self.guidance_embedder = Embedder(E) if guidance else None  # last: see from_teacher
         self.activation_checkpointing = False
         # As in DiT, blocks start as the identity and the output as zero. Embedders start larger
         # than there, as with 0.02 a narrow network learns slowly.
@@ -480,7 +484,8 @@ class DiT(nn.Module):
 
     @staticmethod
     def from_teacher(teacher, guidance=False):
-        """A copy of the teacher. A new input for guidance has no effect, its last layer is 0."""
+        """A copy of the teacher. A new input for guidance has no effect, its last layer is 0. (It
+        comes last, as in __init__: saved optimizers rely on the order of parameters.)"""
         network = copy.deepcopy(teacher).requires_grad_()
         if guidance and network.guidance_embedder is None:
             network.settings["guidance"] = True
@@ -629,7 +634,7 @@ class Config:
     decay: float = option(1.0, "k: D_G is divided by (||D_G||^2 / d + eps)^k", 0, 1)
     # correction [10, 11]. The share is not a weight: each loss is a mean over its own rows.
     correction_share: float = option(0.25, "of the batch; 0: predict only, 1: correct only", 0, 1)
-    alpha: float = option(1.0, "lambda = alpha E||D_G|| / E||D_N||", 0)
+    alpha: float = option(1.0, "lambda = alpha E||D_G|| / (E||D_N|| + eps)", 0)
     r_location: float = option(0.8, "r = sigmoid(r_location + N(0, 1)); higher: more noise")
     # guidance of the teacher
     guidance_max: float = option(1.0, "train for strengths from 1 to this; 1: no guidance", 1)
@@ -695,7 +700,7 @@ PICTURES = {"patch_size": 2, "hidden_size": 384, "depth": 12, "num_heads": 6, "e
             "guidance_max": 4.0, "guidance": 2.0, "correction_interval": (0.0, 0.7),
             "precision": "bfloat16", "eval_samples": 5000}
 PRESETS = {
-    # label_dropout: toys are trained mostly, and measured, without labels, which make them easy.
+    # label_dropout: toys are trained mostly, and measured, without labels: with them they are easy.
     # t_location: sharp edges are learned at small t.
     "toy2d": {"label_dropout": 0.9, "t_location": -0.8, "teacher_steps": 1000, "steps": 1400,
               "teacher_learning_rate": 8e-3, "learning_rate": 0.01, "critic_learning_rate": 0.016},
@@ -706,7 +711,8 @@ PRESETS = {
                  "ema_decay": 0.9999, "activation_checkpointing": True},
 }
 # The recipe "paper" is the defaults of Config. Of these the paper gives prediction, decay, alpha
-# (0.3 to 3), correction_share, r_location, and in PICTURES correction_interval. The rest is ours.
+# (any of 0.3 to 3), correction_share, r_location, and in PICTURES correction_interval. The rest is
+# ours.
 RECIPES = {"paper": {},
            "fast": {"prediction": "solver", "decay": 0.5, "alpha": 0.3, "delta_scale": 2.0,
                     "ema_target": True, "correction_share": 0.125}}
@@ -739,7 +745,7 @@ CHECKPOINT_INTERVAL = 500  # steps that are lost at most if a run is killed
 # Beside the progress bar, and as curves: {metric: title}.
 SHOWN = {"flow_matching": "teacher: flow matching loss",
          "prediction": "student: prediction residual² / d",
-         "correction": "critic: ||D_N||² / d",
+         "correction": "student: correction ||D_N||² / d",
          "endpoint_error": "student: endpoint error"}
 TEACHER, STUDENT, WEIGHTS, EVALUATION, SAMPLING = range(5)  # streams of random numbers
 
@@ -772,8 +778,8 @@ class SolverDistiller(Distiller):
     f(z, delta) to `end`. For small h, end is start + h u, and this is (h / delta) D_G (without
     ema_target). Why no dF/ddelta: training fits F, and the derivative of an imperfect F is farther
     off than F is. Why h is long: the jump to start has the student's errors, the rest is the
-    teacher's. As the target is a state, not a slope as in [7], f(z, 1) can be trained itself:
-    recipe fast has delta = 1 in half of the rows that predict."""
+    teacher's. A row at delta = 1 moves the sample f(z, 1) itself to `end`; D_G would fix only a
+    slope. So recipe fast has delta = 1 in half of the rows that predict."""
 
     ema_student = None  # set by train for ema_target: a FlowMap of averaged weights
 
@@ -879,7 +885,7 @@ def train(module, config, state=None):
             part = {name: v[rows].to(device) for name, v in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16"):
                 loss, metrics = parallel(**part)
-            # DDP averages all of .grad. What earlier parts left is equal everywhere, so it stays.
+            # DDP averages all of .grad. What earlier parts left is averaged already: no change.
             (loss / count).backward()
             values.append(torch.stack([loss, *metrics.values()]).detach())
         loss, *means = mean_over_processes(torch.stack(values).mean(0))

@@ -1765,7 +1765,7 @@ def test_pictures_show_what_they_are_given():
     axes = fmd.plot_losses(log).axes
     curves = [axis.lines[0].get_xydata().tolist() for axis in axes]
     assert curves == [[[1, 2.0]], [[5, 0.5]], [], [[5, 0.1]]]
-    names = ["teacher", "student", "critic", "student"]
+    names = ["teacher", "student", "student", "student"]
     assert [axis.lines[0].get_color() for axis in axes] == [fmd.COLORS[name] for name in names]
     path, jumps = torch.rand(2, 9, 5, 1, 4, 4) * 2 - 1
     strips = [axis.images[0] for axis in fmd.plot_filmstrip(path, jumps, lines=2).axes]
