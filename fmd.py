@@ -29,7 +29,7 @@ The paper's equations, with theta the student's weights
 
 Commands to paste; the same command continues a run that was interrupted
     python fmd.py --dataset toy2d                            # a 2-D toy, by our recipe (section 6)
-    python fmd.py --dataset toy2d --recipe paper             # by the paper's own loss (section 1)
+    python fmd.py --dataset toy2d --recipe paper --steps 5600 --learning-rate 0.003  # the paper's
     python fmd.py --dataset mnist --quick                    # digits with guidance, on two cores
     python fmd.py --dataset imagenet --teacher SiT-XL-2-256x256.pt --teacher-format sit
 """
