@@ -247,8 +247,8 @@ class Distiller(nn.Module):
             F = student.F(z_G, delta, y_G, guidance_G)
             D_G = self.residual(student, u, F, z_G, delta, y_G, guidance_G, **more)  # of [9]
             metrics["prediction"] = mean_square(D_G).mean()
-            # Why F * sg(D): it has the gradient of [8], which is [9] up to 1/d, without its target.
-            # Its value, of any sign, means nothing: watch ||D_G||^2.
+            # Why F * sg(D): its gradient is that of [8], so [9], up to 1/d. Its value, of any sign,
+            # means nothing: watch ||D_G||^2.
             loss = (F * decay(D_G, config.decay)).mean()
         if len(z_N):  # Correct, at delta = 1: the paper found no gain at other delta
             u = guided(self.teacher, guidance_N, config.correction_interval)
