@@ -811,7 +811,7 @@ class TrainState:
 
     def __init__(self, module, config, path=None):
         self.step, self.log = 0, []
-        self.skipped = 0  # consecutive steps
+        self.skipped = 0  # consecutive steps, so far
         self.ema = copy.deepcopy(module.network).requires_grad_(False)
         trained = {k: getattr(module, k) for k in ("network", "critic") if getattr(module, k, None)}
         # requires_grad_: load_student's network is frozen.
@@ -890,7 +890,7 @@ def train(module, config, state=None):
             values.append(torch.stack([loss, *metrics.values()]).detach())
         loss, *means = mean_over_processes(torch.stack(values).mean(0))
         state.update(loss, config)
-        if state.skipped == 10:
+        if state.skipped >= 10:
             raise UserError(f"step {state.step}: ten consecutive steps are not finite: lower the "
                             "learning rate, and give this run's --out to keep its checkpoints")
         metrics = dict(zip(metrics, means), skipped=torch.tensor(float(state.skipped > 0)))
