@@ -215,9 +215,9 @@ def decay(D, k):
     What k does: a residual of size m, m^2 = ||D||^2 / d, gets the size m^(1 - 2k), if m^2 is well
     above eps. At k = 0 large ones dominate the gradient, at 1/2 all count equally, at 1 large ones
     count less.
-    Why decay: the paper's FID (DiT-B/2) is about 12 for each k without the correction. With it, it
-    is 43.5 for k = 0, 10.6 for 1/2 and 5.6 for 1, so at k = 0 the correction harms. We guess: the
-    two losses disagree most where residuals are large."""
+    Why decay: without the correction the paper's FID (DiT-B/2) is about 12 for each k. With the
+    correction it is 43.5 for k = 0, 10.6 for 1/2 and 5.6 for 1, so at k = 0 the correction harms.
+    We guess: the two losses disagree most where residuals are large."""
     return D / expand((mean_square(D) + EPS) ** k)
 
 
@@ -228,10 +228,10 @@ class Distiller(nn.Module):
     starts as a copy of the teacher, as v_N will be roughly u once the student has learned. teacher:
     u(x, t, y), never changed. config: a Config (section 5), with prediction jvp or difference.
 
-    Why the correction has its own guidance interval: if u is guided, D_N pulls even a perfect
-    student on (see correction_gradient). On digits (README) a guided u pulls to stronger guidance,
-    an unguided u to weaker, and a mix balances both (observed, not derived). The paper guides u
-    there for r up to 0.7, about half of all r: FID 5.6 (DiT-B/2), with [0, 1] 8.7."""
+    Why the correction has its own guidance interval: if u is guided, D_N is not zero even for a
+    perfect student (see correction_gradient). On digits (README) a guided u pulls to stronger
+    guidance, an unguided u to weaker, and a mix balances both (observed, not derived). The paper's
+    correction guides u for r up to 0.7, about half of all r: FID 5.6 (DiT-B/2), for all r 8.7."""
 
     def __init__(self, network, critic, teacher, config):
         super().__init__()
@@ -634,7 +634,7 @@ class Config:
     decay: float = option(1.0, "k: D_G is divided by (||D_G||^2 / d + eps)^k", 0, 1)
     # correction [10, 11]. The share is not a weight: each loss is a mean over its own rows.
     correction_share: float = option(0.25, "of the batch; 0: predict only, 1: correct only", 0, 1)
-    alpha: float = option(1.0, "lambda = alpha E||D_G|| / (E||D_N|| + eps)", 0)
+    alpha: float = option(1.0, "lambda = alpha E|D_G| / (E|D_N| + eps), |D| = ||D|| / sqrt(d)", 0)
     r_location: float = option(0.8, "r = sigmoid(r_location + N(0, 1)); higher: more noise")
     # guidance of the teacher
     guidance_max: float = option(1.0, "train for strengths from 1 to this; 1: no guidance", 1)
@@ -745,7 +745,7 @@ CHECKPOINT_INTERVAL = 500  # steps that are lost at most if a run is killed
 # Beside the progress bar, and as curves: {metric: title}.
 SHOWN = {"flow_matching": "teacher: flow matching loss",
          "prediction": "student: prediction residual² / d",
-         "correction": "student: correction ||D_N||² / d",
+         "correction": "critic: v_N - u, ||D_N||² / d",
          "endpoint_error": "student: endpoint error"}
 TEACHER, STUDENT, WEIGHTS, EVALUATION, SAMPLING = range(5)  # streams of random numbers
 
@@ -865,7 +865,7 @@ def train(module, config, state=None):
 
     module.draw(step) -> {name: tensor, one row for each sample}. module(**batch) -> scalar loss,
     {name: scalar tensor}. state: the one that an earlier train of this module yielded, to go on.
-    Loss, gradients and metrics are means over processes and micro-batches, each with as many rows.
+    Loss, gradients and metrics are means over processes and micro-batches of equally many rows.
     A step that is not finite is skipped; ten consecutive ones raise UserError."""
     state = state or TrainState(module, config)
     if config.ema_target:
@@ -1335,7 +1335,7 @@ def name_folder(given):
 
 
 def check_settings(where, theirs, mine, may_differ=()):
-    """Raises UserError if a setting differs that a folder or file, `theirs`, and `mine` have."""
+    """Raises UserError if a setting is in `theirs`, of a folder or file, and differs in `mine`."""
     for name, v in mine.items():  # array_equal: an interval is a tuple or, from a flag, a list
         if name not in may_differ and not np.array_equal(theirs.get(name, v), v):
             raise UserError(f"{where} has {flag(name)} {theirs[name]}, not {v}: give the same "

@@ -682,15 +682,18 @@ def test_a_network_of_ones_own_is_distilled():
 
 @pytest.mark.parametrize("of_data", [True, False])
 def test_steps_that_are_not_finite_are_skipped_and_ten_in_a_row_end_training(of_data):
-    bad = {k: (math.nan, math.inf)[k % 2] for k in (1, *range(3, 12), *range(13, 23))}
+    bad = {k: (math.nan, math.inf)[k % 2] for k in (1, *range(3, 12), *range(13, 24))}
     module, weights, skipped = Quadratics(bad, of_data), [1.0], []
+    c = fmd.Config(steps=40, learning_rate=0.1)
     with pytest.raises(fmd.UserError, match="step 23: ten consecutive steps.*learning rate"):
-        for _, metrics, state in fmd.train(module, fmd.Config(steps=40, learning_rate=0.1)):
+        for _, metrics, state in fmd.train(module, c):
             weights.append(module.network.weight.item())
             skipped.append(metrics["skipped"] == 1)
             assert state.ema.weight.isfinite().all()
     kept = [a == b for a, b in itertools.pairwise(weights)]
     assert skipped == kept == [k in bad for k in range(22)]
+    with pytest.raises(fmd.UserError, match="step 24: ten"):  # also if it is continued
+        next(fmd.train(module, c, state))
     assert module.network.weight.item() == weights[-1] and not hasattr(module, "ema_student")
 
 
@@ -1765,7 +1768,7 @@ def test_pictures_show_what_they_are_given():
     axes = fmd.plot_losses(log).axes
     curves = [axis.lines[0].get_xydata().tolist() for axis in axes]
     assert curves == [[[1, 2.0]], [[5, 0.5]], [], [[5, 0.1]]]
-    names = ["teacher", "student", "student", "student"]
+    names = ["teacher", "student", "critic", "student"]
     assert [axis.lines[0].get_color() for axis in axes] == [fmd.COLORS[name] for name in names]
     path, jumps = torch.rand(2, 9, 5, 1, 4, 4) * 2 - 1
     strips = [axis.images[0] for axis in fmd.plot_filmstrip(path, jumps, lines=2).axes]
