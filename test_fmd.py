@@ -895,9 +895,9 @@ def finished(tmp_path_factory):
 
 
 def test_the_default_command_end_to_end(finished, capsys):
-    names = {"teacher.pt", "student.pt", "teacher.json", "student.json", "config.json", "lock0"}
+    names = {"teacher.pt", "student.pt", "teacher.json", "student.json", "config.json"}
     names |= {"metrics.json", "comparison.png", "paths.png", "paths.gif", "error.png", "losses.png"}
-    assert {p.name for p in finished.iterdir()} == names
+    assert {p.name for p in finished.iterdir()} - {"lock0"} == names  # some versions delete it
     metrics = json.loads((finished / "metrics.json").read_text())
     assert metrics["error_along_path"][0] == 0
     assert metrics["error_along_path"][-1] == metrics["endpoint_error"] > 0
