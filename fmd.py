@@ -157,10 +157,11 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     spacing and delta - spacing, one-sided at the ends). Raises ValueError for another form.
 
     Why a small D_G can leave a large error: u is evaluated at f, not at phi. So the error e = f -
-    phi has de/ddelta = D_G + (u(f) - u(phi)), and with L = <e, u(f) - u(phi)> / ||e||^2
+    phi has de/ddelta = D_G + (u(f) - u(phi)). Let L = <e, u(f) - u(phi)> / ||e||^2, the rate at
+    which u moves f and phi apart. Then
         d||e||/ddelta <= ||D_G|| + L ||e||.
-    D_G adds new error. The old one grows where paths part, between modes (L > 0), and mostly
-    shrinks inside of a mode (L < 0). As e = 0 at delta = 0,
+    D_G adds new error. The old one grows between modes, where paths part (L > 0), and mostly
+    shrinks inside of a mode (L < 0). As e = 0 at delta = 0, by Gronwall's inequality
         ||e|| at delta = 1 <= integral over delta of ||D_G|| exp(integral of L from delta to 1)."""
     # Why a partial derivative: the jump starts at the fixed noise z, and only its end moves with
     # delta. (In MeanFlow the start moves, so its derivative also has a term (dF/dx_t) dx_t/dt.)
@@ -238,14 +239,14 @@ class Distiller(nn.Module):
         self.network, self.critic, self.teacher = network, critic, teacher
         self.config = config
 
-    def forward(self, z_G, y_G, delta, z_N, y_N, r, n, guidance_G=None, guidance_N=None, **more):
-        """Rows _G predict, rows _N correct. more: for SolverDistiller. Returns loss, metrics."""
+    def forward(self, z_G, y_G, delta, z_N, y_N, r, n, guidance_G=None, guidance_N=None, h=None):
+        """Rows _G predict, rows _N correct. h: for SolverDistiller. Returns loss, metrics."""
         config, student = self.config, FlowMap(self.network)
         loss, metrics, D_G = 0.0, {}, None
         if len(z_G):  # Predict
             u = guided(self.teacher, guidance_G, config.guidance_interval)
             F = student.F(z_G, delta, y_G, guidance_G)
-            D_G = self.residual(student, u, F, z_G, delta, y_G, guidance_G, **more)  # of [9]
+            D_G = self.residual(student, u, F, z_G, delta, y_G, guidance_G, h)  # of [9]
             metrics["prediction"] = mean_square(D_G).mean()
             # Why F * sg(D): its gradient is that of [8], so [9], up to 1/d. Its value, of any sign,
             # means nothing: watch ||D_G||^2.
@@ -273,18 +274,18 @@ class Distiller(nn.Module):
                         "lambda": lambda_}
         return loss, metrics
 
-    def residual(self, student, u, F, z, delta, y, guidance):
-        """D_G, (B, C, H, W), without a graph. F: F(z, delta), used by SolverDistiller."""
+    def residual(self, student, u, F, z, delta, y, guidance, h):
+        """D_G, (B, C, H, W), without a graph. F: F(z, delta). F and h: for SolverDistiller."""
         return prediction_gradient(student, u, z, delta, y, guidance, self.config.prediction)
 
     def balance(self, D_G, D_N):
         """lambda = alpha E|D_G| / (E|D_N| + eps), |D| = ||D|| / sqrt(d), the weight of the
         correction; alpha if there is no D_G.
 
-        Why lambda: the sizes of D_G and D_N change in training. lambda D_N is alpha times as large
-        as D_G, so alpha (|D_G|^2 + eps)^k times as large as the decayed D_G: for k > 0 the
-        correction fades beside the prediction as that succeeds. (D_G before its decay is our
-        choice: with the decayed D_G in lambda, the correction would not fade beside it.)"""
+        Why lambda: the sizes of D_G and D_N change in training. With m = |D_G|, the correction has
+        the size alpha m, and the prediction, decayed, m / (m^2 + eps)^k. So for k > 0 the
+        correction fades beside the prediction as m falls. (That lambda has D_G before its decay is
+        our choice. With the decayed D_G the ratio of the two would always be alpha.)"""
         if D_G is None:
             return torch.tensor(self.config.alpha, device=D_N.device)
         norm_G = mean_over_processes(mean_square(D_G).sqrt().mean())
@@ -404,7 +405,7 @@ class Embedder(nn.Module):
     def forward(self, v):
         frequencies = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=v.device))
         angle = v[:, None] * frequencies  # (B, 128)
-        # Not in bfloat16: with it, here and in the last layer, D_G has 1.5 times the error.
+        # Not in bfloat16, as in the last layer: D_G would have 1.5 times the error.
         with torch.autocast(v.device.type, enabled=False):
             return self.mlp(torch.cat([angle.cos(), angle.sin()], 1))
 
@@ -472,8 +473,7 @@ class DiT(nn.Module):
             "linear": nn.Linear(E, p * p * C)})
         self.guidance_embedder = Embedder(E) if guidance else None  # last: see from_teacher
         self.activation_checkpointing = False
-        # As in DiT, blocks start as the identity and the output as zero. Embedders start larger
-        # than there, as with 0.02 a narrow network learns slowly.
+        # As in DiT, blocks start as the identity and the output as zero. Embedders start larger.
         for name, parameter in self.named_parameters():
             if name.endswith("bias") or "adaLN_modulation" in name or "final_layer" in name:
                 nn.init.zeros_(parameter)
@@ -592,7 +592,8 @@ def flag(name):
 
 @dataclasses.dataclass
 class Config:
-    """Every setting of a run. Raises UserError (exit status 2) for values that cannot work."""
+    """Every setting of a run. The defaults are the paper's recipe, with the network of toys.
+    Raises UserError (exit status 2) for values that cannot work."""
 
     # the run
     dataset: str = option("toy2d", "data", choices=["toy2d", "mnist", "cifar10", "imagenet"])
@@ -771,15 +772,15 @@ def device_of(network):
 
 
 class SolverDistiller(Distiller):
-    """The form solver, ours, of recipe fast. Skip it at first.
-        start = f(z, delta - h)    a jump; with ema_target by the averaged weights
-        end                        where the teacher's ODE leads from start, by the solver
-    (f(z, delta) - end) / delta takes the place of D_G, also in lambda and the log: it moves
-    f(z, delta) to `end`. For small h, end is start + h u, and this is (h / delta) D_G (without
-    ema_target). Why no dF/ddelta: training fits F, and the derivative of an imperfect F is farther
-    off than F is. Why h is long: the jump to start has the student's errors, the rest is the
-    teacher's. A row at delta = 1 moves the sample f(z, 1) itself to `end`; D_G would fix only a
-    slope. So recipe fast has delta = 1 in half of the rows that predict."""
+    """The form solver, ours, of recipe fast. Skip it at first. In place of D_G it has
+        (f(z, delta) - end) / delta    in the loss, in lambda and in the log
+        start = f(z, delta - h)        a jump; with ema_target by the averaged weights
+        end                            where the teacher's ODE leads from start, by the solver
+    So f(z, delta) moves to `end`. For small h, end is start + h u, and this is (h / delta) D_G.
+    Why no dF/ddelta: training fits F. The derivative of an imperfect F is farther off than F is.
+    Why h is long: only the jump to start has the student's errors, the rest is the teacher's.
+    Why delta = 1 in half of the rows (recipe fast): there f(z, 1), the sample, moves to `end`
+    itself. D_G would fix only a slope."""
 
     ema_student = None  # set by train for ema_target: a FlowMap of averaged weights
 
@@ -885,7 +886,8 @@ def train(module, config, state=None):
             part = {name: v[rows].to(device) for name, v in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16"):
                 loss, metrics = parallel(**part)
-            # DDP averages all of .grad. What earlier parts left is averaged already: no change.
+            # DDP averages .grad as a whole. What earlier parts left there is the same in all
+            # processes, so averaging does not change it.
             (loss / count).backward()
             values.append(torch.stack([loss, *metrics.values()]).detach())
         loss, *means = mean_over_processes(torch.stack(values).mean(0))
@@ -950,8 +952,7 @@ def relative_error(found, truth):
 
 def sliced_w2(a, b, count=128):
     """Sliced 2-Wasserstein distance of two sets (N, ...): root mean square, over `count` fixed
-    directions, of the distance between sorted projections. Both sets need N samples.
-    Two sets of one distribution are not 0 apart: their distance is the floor to compare with."""
+    directions, of the distance between sorted projections. Both sets need N samples."""
     directions = nnf.normalize(torch.randn(a[0].numel(), count, generator=generator(0)), dim=0)
     a, b = ((v.flatten(1) @ directions.to(v)).sort(0).values for v in (a, b))
     return (a - b).square().mean().sqrt().item()
@@ -1258,8 +1259,9 @@ def read_public(file, teacher_format="", num_heads=0):
         raise ValueError(f"trained for {found}, not {velocity}, linear: is --teacher-format right?")
     outputs = "final_layer.linear.weight", "final_layer.linear.bias"
     if teacher_format == "sit":
-        # SiT is called at 1 - t. As cos(w - wt) = cos w cos wt + sin w sin wt, and sin(w - wt) =
-        # sin w cos wt - cos w sin wt, the first layer can take t instead, with combined weights.
+        # SiT is called at 1 - t, so its first layer gets [cos(w - wt), sin(w - wt)] (see Embedder).
+        # As cos(w - wt) = cos w cos wt + sin w sin wt, and sin(w - wt) = sin w cos wt - cos w sin
+        # wt, combined weights give the same from [cos wt, sin wt].
         w = torch.exp(-math.log(10000) / 128 * torch.arange(128, dtype=torch.float64))
         of_cos, of_sin = tensors["t_embedder.mlp.0.weight"].double().split(128, 1)
         tensors["t_embedder.mlp.0.weight"] = torch.cat(
@@ -1297,7 +1299,6 @@ def infer_settings(tensors, num_heads=0):
 
 
 # 10. Runs and the command line --------------------------------------------------------------------
-# main, at the end, calls run_training or run_sampling.
 
 
 def make_parser():
@@ -1386,6 +1387,7 @@ def open_teacher(given, device):
         if not (0.2 < spread < 1.7 and roughness < 1.3):
             raise UserError(f"samples do not look like data ({spread=:.2f}, {roughness=:.2f}): "
                             "try another --teacher-format or --num-heads, or --trust-teacher")
+    # Settings that the file fixes. A flag may repeat them, not change them.
     known = {"dataset": "imagenet", "toy": TOYS[0], **file.get("config", {}), **network.settings}
     names = ("dataset", "toy", "hidden_size", "depth", "num_heads", "patch_size")
     fixed = {name: known[name] for name in names}
@@ -1404,7 +1406,7 @@ def run_training(given, device):
     teacher = open_teacher(given, device) if given.get("teacher") else None
     config = make_config(**given)
     start = load_student(config.student, device).network if config.student else None
-    # Files are compared by a sum of their numbers, not by their names.
+    # For config.json, where a file that has changed is noticed by the sum of its numbers.
     sources = {name: f"of sum {network.final_layer.linear.weight.cpu().double().sum()}"
                for name, network in (("teacher", teacher), ("student", start)) if network}
     data = open_data(config) if teacher is None or config.dataset == "toy2d" else None
@@ -1455,8 +1457,8 @@ def run_stage(kind, module, config, out, score=None):
     state = TrainState(module, config, path)
     if RANK == 0 and state.step:
         print(f"{path}: {state.step} of {config.steps} steps are done; to redo them, change --out")
-    every = math.gcd(config.batch_size, config.corrections)  # FLOPs: counted in a part of the rows
-    rows = {k: v[::every].to(device_of(module.network)) for k, v in module.draw(0).items()}
+    stride = math.gcd(config.batch_size, config.corrections)  # FLOPs: counted in some rows
+    rows = {k: v[::stride].to(device_of(module.network)) for k, v in module.draw(0).items()}
     with FlopCounterMode(display=False) as counter:
         module(**rows)[0].backward()
     module.zero_grad()
@@ -1472,7 +1474,7 @@ def run_stage(kind, module, config, out, score=None):
             seconds = (time.perf_counter() - clock) / len(recent)  # a step
             line = {k: torch.stack([m[k] for m in recent]).nanmean().item() for k in metrics}
             line["samples_per_second"] = config.batch_size / seconds
-            line["tflops"] = every * counter.get_total_flops() / seconds / 1e12
+            line["tflops"] = stride * counter.get_total_flops() / seconds / 1e12
             line["peak_gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             if RANK == 0 and score:
                 line["endpoint_error"] = score(state.ema)
