@@ -1452,7 +1452,7 @@ def run_stages(teacher, start, data, config, out):
 
 def run_stage(kind, module, config, out, score=None):
     """Train, or go on from out/<kind>.pt (on a CPU to the same bits). Returns the averaged network
-    and the log, with score(network). At Ctrl-C and SIGTERM the step is saved; then UserError."""
+    and the log, with score(network). Ctrl-C and SIGTERM: saves, then raises KeyboardInterrupt."""
     path = out / f"{kind}.pt"
     state = TrainState(module, config, path)
     if RANK == 0 and state.step:
@@ -1484,11 +1484,11 @@ def run_stage(kind, module, config, out, score=None):
         if is_last or step % CHECKPOINT_INTERVAL == 0:
             state.write(path, config)
         if is_stopped:
-            bar.close()
-            raise UserError(f"interrupted: {path} holds step {step}, the same command continues")
+            break
+    bar.close()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if interrupts:  # during the last step: the stage is finished and saved
-        raise KeyboardInterrupt
+    if interrupts or state.step < config.steps:
+        raise KeyboardInterrupt(f"{path} holds step {state.step},")
     return state.ema, state.log
 
 
@@ -1545,10 +1545,11 @@ def main(argv=None):
         if isinstance(e, UserError):
             line, status = (*e.args, 1)[:2]  # 1 if it has no status
         elif isinstance(e, KeyboardInterrupt):
-            line = "interrupted: the same command continues"
+            line = f"interrupted: {e} the same command continues"
         elif "out of memory" in str(e) or "allocate memory" in str(e):
             line = "out of memory: raise --micro-batches, or give --activation-checkpointing"
-        if RANK == 0 or status == 1:
+        is_common = status == 2 or isinstance(e, KeyboardInterrupt)  # all processes meet it
+        if RANK == 0 or not is_common:
             print("fmd:", *line.split(), file=sys.stderr)
         return status
     finally:
