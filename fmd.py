@@ -245,7 +245,7 @@ class Distiller(nn.Module):
         loss, metrics, D_G = 0.0, {}, None
         if len(z_G):  # Predict
             u = guided(self.teacher, guidance_G, config.guidance_interval)
-            F = student.F(z_G, delta, y_G, guidance_G)
+            F = student.F(z_G, delta, y_G, guidance_G)  # with a graph; residual has its own
             D_G = self.residual(student, u, F, z_G, delta, y_G, guidance_G, h)  # of [9]
             metrics["prediction"] = mean_square(D_G).mean()
             # Why F * sg(D): its gradient is that of [8], so [9], up to 1/d. Its value, of any sign,
