@@ -321,15 +321,14 @@ class Distiller(nn.Module):
 class GaussianMixture(nn.Module):
     """Equally likely Gaussians N(means[k], blur^2 I): data, its exact velocity, and its support.
     means: (K, d); blur > 0; labels: (K,) int64 below num_classes, all 0 without classes. center,
-    scale: numbers or lists of d. A point x is center + scale x in the user's coordinates.
-    is_exact: whether forward and coverage can be used."""
+    scale: numbers or lists of d. A point x is center + scale x in the user's coordinates."""
 
     def __init__(self, means, blur, labels, num_classes, center=0.0, scale=1.0):
         super().__init__()
         self.register_buffer("means", means)
         self.register_buffer("labels", labels)
         self.blur, self.num_classes = blur, num_classes
-        self.is_exact = len(means) <= 2000  # more need too much memory
+        self.is_exact = len(means) <= 2000  # for more, forward and coverage need too much memory
         self.shape = (means.shape[1], 1, 1)
         self.coordinates = {"center": center, "scale": scale}
 
@@ -447,12 +446,11 @@ class Block(nn.Module):
 
 class DiT(nn.Module):
     """u(x, t | y), and with guidance=True u(x, t | y, gamma). center, scale: of GaussianMixture,
-    kept for run_sampling."""
+    kept for run_sampling. settings: the arguments, for checkpoints."""
 
     def __init__(self, input_size=1, in_channels=2, num_classes=8, hidden_size=64, depth=3,
                  num_heads=1, patch_size=1, qk_norm=False, guidance=False, center=0.0, scale=1.0):
         super().__init__()
-        # The arguments, for checkpoints.
         self.settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         E, p, C = hidden_size, patch_size, in_channels
         self.shape, self.num_classes = (C, input_size, input_size), num_classes
@@ -461,10 +459,10 @@ class DiT(nn.Module):
         self.fourier_embedder = nn.Linear(6 * C, E) if input_size == 1 else None
         # Where a token lies: sines and cosines of its column in one half, of its row in the other.
         side = torch.arange(input_size // p, dtype=torch.float64)
-        angle = side[:, None] * 10000 ** (-4 * torch.arange(E // 4, dtype=torch.float64) / E)
-        waves = torch.cat([angle.sin(), angle.cos()], 1)  # (side, E / 2)
-        columns, rows = waves.repeat(len(side), 1), waves.repeat_interleave(len(side), 0)
-        self.register_buffer("pos_embed", torch.cat([columns, rows], 1)[None].float())  # (1, T, E)
+        place = torch.cartesian_prod(side, side).flip(1)[:, :, None]  # (T, 2, 1): column, row
+        angle = place * 10000 ** (-4 * torch.arange(E // 4, dtype=torch.float64) / E)
+        waves = torch.cat([angle.sin(), angle.cos()], 2)  # (T, 2, E / 2)
+        self.register_buffer("pos_embed", waves.flatten(1)[None].float())  # (1, T, E)
         self.t_embedder = Embedder(E)
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, E)})
         self.blocks = nn.ModuleList(Block(E, num_heads, qk_norm) for _ in range(depth))
@@ -711,10 +709,9 @@ PRESETS = {
                  "teacher_learning_rate": 1e-4, "guidance_max": 3.0, "guidance": 1.4,
                  "ema_decay": 0.9999, "activation_checkpointing": True},
 }
-# The recipe "paper" is the defaults of Config. Of these the paper gives prediction, decay, alpha
-# (any of 0.3 to 3), correction_share, r_location, and in PICTURES correction_interval. The rest is
-# ours.
-RECIPES = {"paper": {},
+# Of the recipe "paper" the paper gives prediction, decay, alpha (any of 0.3 to 3),
+# correction_share, r_location, and in PICTURES correction_interval. The rest is ours.
+RECIPES = {"paper": {},  # the defaults of Config
            "fast": {"prediction": "solver", "decay": 0.5, "alpha": 0.3, "delta_scale": 2.0,
                     "ema_target": True, "correction_share": 0.125}}
 # Minutes on two cores. With these learning rates alpha 1 is unstable on digits.
@@ -803,8 +800,8 @@ def make_distiller(teacher, config, exact=None, start=None):
     velocity to learn, if not the teacher's. start: a network to start the student from."""
     network = DiT.from_teacher(start or teacher, config.is_guided)
     critic = DiT.from_teacher(teacher, config.is_guided) if config.corrections else None
-    distiller = SolverDistiller if config.prediction == "solver" else Distiller
-    return distiller(network, critic, exact or teacher, config).to(device_of(teacher))
+    kind = SolverDistiller if config.prediction == "solver" else Distiller
+    return kind(network, critic, exact or teacher, config).to(device_of(teacher))
 
 
 class TrainState:
@@ -832,8 +829,7 @@ class TrainState:
                 self.step, self.log = saved["step"], saved["log"]
 
     def update(self, loss, config):
-        """One step of weights and average, by the gradients in .grad. It is skipped if they or the
-        loss are not finite."""
+        """A step of weights and average by .grad, skipped if that or the loss is not finite."""
         groups = self.optimizer.param_groups  # one for each network that is trained
         norms = [nn.utils.clip_grad_norm_(group["params"], CLIP) for group in groups]
         self.skipped += 1
@@ -1462,7 +1458,8 @@ def run_stage(kind, module, config, out, score=None):
     with FlopCounterMode(display=False) as counter:
         module(**rows)[0].backward()
     module.zero_grad()
-    recent, interrupts, clock = [], [], time.perf_counter()
+    is_stopped, interrupts = False, []
+    recent, clock = [], time.perf_counter()
     signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
     bar = tqdm(train(module, config, state), kind, config.steps, initial=state.step,
                disable=RANK > 0, mininterval=0.1 if sys.stderr.isatty() else 60, maxinterval=60)
@@ -1487,7 +1484,7 @@ def run_stage(kind, module, config, out, score=None):
             break
     bar.close()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if interrupts or state.step < config.steps:
+    if interrupts or is_stopped:
         raise KeyboardInterrupt(f"{path} holds step {state.step},")
     return state.ema, state.log
 

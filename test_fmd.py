@@ -931,7 +931,8 @@ def test_the_default_command_end_to_end(finished, capsys):
 
 
 def test_the_folder_is_the_run(finished, tmp_path, monkeypatch, capsys):
-    for flags in (["--alpha", "0.7"], ["--seed", "1"], ["--toy", "moons"], ["--steps", "5"]):
+    others = ["--alpha", "0.7"], ["--seed", "1"], ["--toy", "moons"], ["--steps", "5"], ["--quick"]
+    for flags in others:
         line = run("--out", finished, *TINY, *flags, status=2, capsys=capsys)
         assert flags[0] in line and "--out" in line
     run("--out", finished, *TINY, "--learning-rate", "0.1", "--micro-batches", "2")
@@ -1690,8 +1691,12 @@ def test_every_process_forgets_the_metrics_that_it_has_logged(tmp_path, monkeypa
     monkeypatch.setattr(fmd, "RANK", 1)
     monkeypatch.setattr(fmd, "LOG_INTERVAL", 2)
     metrics = [{"x": torch.tensor(v)} for v in (1.0, 2.0, math.nan, 4.0, 5.0)]
-    monkeypatch.setattr(
-        fmd, "train", lambda *_: ((step, m, None) for step, m in enumerate(metrics, 1)))
+
+    def train(module, config, state):
+        for state.step, values in enumerate(metrics, 1):
+            yield state.step, values, state
+
+    monkeypatch.setattr(fmd, "train", train)
     c = fmd.Config(batch_size=8, steps=5)
     _, log = fmd.run_stage("student", fmd.make_distiller(fmd.DiT(), c), c, tmp_path)
     assert [line["x"] for line in log] == [1.5, 4, 5]
