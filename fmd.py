@@ -1102,7 +1102,7 @@ def animate_paths(teacher_path, student_path, frames=20):
         plot_samples({f"teacher: ODE up to {delta}": teacher_path[i],
                       f"student: one jump to {delta}": student_path[i]}, figure)
 
-    return FuncAnimation(figure, show, frames=steps + steps[-1:] * 5, init_func=lambda: None)
+    return FuncAnimation(figure, show, frames=steps + steps[-1:] * 5)  # the end is held
 
 
 def save_pictures(metrics, sets, path, jumps, out):
