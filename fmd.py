@@ -1482,7 +1482,6 @@ def run_stage(kind, module, config, out, score=None):
             state.write(path, config)
         if is_stopped:
             break
-    bar.close()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if interrupts or is_stopped:
         raise KeyboardInterrupt(f"{path} holds step {state.step},")
