@@ -1503,7 +1503,7 @@ def run_sampling(given, device):
     if config.classes:
         with explained(f"--classes: {out} has {network.num_classes} labels, give some, as in 0,1"):
             labels = [range(network.num_classes).index(int(v)) for v in config.classes.split(",")]
-        y = torch.tensor(labels, device=y.device)[torch.arange(N) % len(labels)]
+        y = torch.tensor(np.resize(labels, N), device=device)  # repeated in turn
     z = draw_noise(network, N, generator(config.sample_seed, SAMPLING))
     x = in_batches(lambda z, y: jump(FlowMap(network), z, y, strength), z, y)
     rows = x.permute(0, 2, 3, 1).numpy()
