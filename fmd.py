@@ -1160,8 +1160,8 @@ def load_latents(path):
     """Latents FILE.npy (N, C, S, S), which stay on the disk, and labels FILE_labels.npy (N,)."""
     x = np.load(path, mmap_mode="r", allow_pickle=False)
     y = np.load(path.removesuffix(".npy") + "_labels.npy", allow_pickle=False)
-    is_square = x.ndim == 4 and y.shape == x.shape[:1] and x.shape[2] == x.shape[3] > 1
-    if not is_square or x.dtype.kind != "f" or y.dtype.kind not in "iu":
+    shapes_fit = x.ndim == 4 and y.shape == x.shape[:1] and x.shape[2] == x.shape[3] > 1
+    if not shapes_fit or x.dtype.kind != "f" or y.dtype.kind not in "iu":
         raise ValueError(f"{x.dtype} of shape {x.shape}, labels {y.dtype} of shape {y.shape}")
     spread = x[:: math.ceil(len(x) / 256)].astype(np.float32).std()
     if not 0.4 < spread < 2.5 or x.shape[1] == 8:  # would be means and deviations
@@ -1408,7 +1408,7 @@ def run_training(given, device):
     data = open_data(config) if teacher is None or config.dataset == "toy2d" else None
     if data:
         x, y = data.draw(64, generator(0))
-        if teacher and {**teacher.settings, **data.coordinates} != teacher.settings:
+        if teacher and not data.coordinates.items() <= teacher.settings.items():
             raise UserError(f"--toy {config.toy}: these are not this teacher's points", 2)
         total = (x.double().flatten(1).sum(1) * (y + 1)).sum()  # depends on the order of labels
         sources["data"] = f"of sum {total}, {len(data.labels)} rows, {data.coordinates}"
