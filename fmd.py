@@ -1368,8 +1368,8 @@ def new_network(data, config):
 
 def open_teacher(given, device):
     """The network of --teacher. Adds the settings that it fixes to `given`. Raises UserError."""
-    told = given.get("teacher_format", ""), given.get("num_heads", 0)
-    network, file = load_network(given["teacher"], "teacher", device, *told)
+    network, file = load_network(given["teacher"], "teacher", device,
+                                 given.get("teacher_format", ""), given.get("num_heads", 0))
     if RANK == 0:
         print(f"{given['teacher']}: {file.get('format', 'fmd')}, {network.settings}")
     # A file read in a wrong way would still get good scores: they compare the student with it. Two
@@ -1379,7 +1379,7 @@ def open_teacher(given, device):
         y = torch.arange(16, device=device) % max(1, network.num_classes)
         x = solve_ode(network, draw_noise(network, 16, generator(0)), 8, y=y)
         spread = x.std().item()
-        roughness = (x[..., 1:] - x[..., :-1]).std().item() / spread
+        roughness = x.diff().std().item() / spread
         if not (0.2 < spread < 1.7 and roughness < 1.3):
             raise UserError(f"samples do not look like data ({spread=:.2f}, {roughness=:.2f}): "
                             "try another --teacher-format or --num-heads, or --trust-teacher")
