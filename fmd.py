@@ -1021,9 +1021,9 @@ PLANE = {"xticks": [], "yticks": [], "xlim": (-2.6, 2.6), "ylim": (-2.6, 2.6), "
 
 
 def draw_set(axis, x, name, columns=6):
-    """Points as dots; the first columns^2 pictures (N, C, H, W), in [-1, 1], in rows of columns."""
+    """The first 4000 points, or columns^2 pictures in [-1, 1], of x (N, C, H, W)."""
     if x.shape[-1] == 1:
-        axis.scatter(*x.flatten(1).T, s=3, linewidths=0, alpha=0.6, color=COLORS.get(name))
+        axis.scatter(*x[:4000].flatten(1).T, s=3, linewidths=0, alpha=0.6, color=COLORS.get(name))
         axis.set(**PLANE)
         return
     if x.shape[1] not in (1, 3):  # latents
@@ -1108,9 +1108,9 @@ def animate_paths(teacher_path, student_path, frames=20):
 def save_pictures(metrics, sets, path, jumps, out):
     """All pictures of a run, from what evaluate measures."""
     counts = {"teacher": f": {metrics['teacher_nfe']} evaluations", "student": ": 1 evaluation"}
-    shown = {name + counts.get(name, ""): x[:4000] for name, x in sets.items()}
+    titled = {name + counts.get(name, ""): x for name, x in sets.items()}
     plot = plot_paths if path.shape[-1] == 1 else plot_filmstrip
-    plot_samples(shown).savefig(out / "comparison.png", dpi=110)
+    plot_samples(titled).savefig(out / "comparison.png", dpi=110)
     plot(path, jumps).savefig(out / "paths.png", dpi=110)
     plot_error(metrics["error_along_path"]).savefig(out / "error.png", dpi=110)
     plot_losses(metrics["log"]).savefig(out / "losses.png", dpi=110)
@@ -1512,7 +1512,7 @@ def run_sampling(given, device):
     elif config.dataset != "imagenet":
         rows = (127.5 * (rows + 1)).clip(0, 255).astype(np.uint8)
     save(out / "samples.npz", lambda file: np.savez(file, rows, y.expand(N).cpu().numpy()))
-    plot_samples({"student": x[:4000]}).savefig(out / "samples.png", dpi=110)
+    plot_samples({"student": x}).savefig(out / "samples.png", dpi=110)
     print(f"{N} samples of step {file['step']} of {config.steps}: samples.npz and .png in {out}")
 
 
