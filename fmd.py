@@ -1145,7 +1145,7 @@ def load_points(path):
     """The rows of an N x 2 array, standardised, as narrow Gaussians. Samples are mapped back. x and
     y have one scale, unless one of them varies five times as much. Raises UserError."""
     with explained(f"--toy {path}: give one of {TOYS} or FILE.npy, N x 2 finite numbers that vary"):
-        points = np.load(path, allow_pickle=False).astype(np.float64)
+        points = np.load(path).astype(np.float64)
         scale = points.std(0)  # of equal numbers it may be 1e-15, and ptp is 0
         if points.shape[1:] != (2,) or not np.isfinite(scale).all() or not np.ptp(points, 0).all():
             raise ValueError(f"shape {points.shape}, standard deviations {scale}")
@@ -1158,8 +1158,8 @@ def load_points(path):
 
 def load_latents(path):
     """Latents FILE.npy (N, C, S, S), which stay on the disk, and labels FILE_labels.npy (N,)."""
-    x = np.load(path, mmap_mode="r", allow_pickle=False)
-    y = np.load(path.removesuffix(".npy") + "_labels.npy", allow_pickle=False)
+    x = np.load(path, mmap_mode="r")
+    y = np.load(path.removesuffix(".npy") + "_labels.npy")
     shapes_fit = x.ndim == 4 and y.shape == x.shape[:1] and x.shape[2] == x.shape[3] > 1
     if not shapes_fit or x.dtype.kind != "f" or y.dtype.kind not in "iu":
         raise ValueError(f"{x.dtype} of shape {x.shape}, labels {y.dtype} of shape {y.shape}")
