@@ -1340,9 +1340,8 @@ def check_settings(where, theirs, mine, may_differ=()):
 
 
 def claim_folder(folder, mine):
-    """Compare config.json in the folder of a run, if there is one, with the settings `mine`, and
-    write it. Returns a lock, to be used by `with`. Raises UserError if the folder has another run
-    (in all processes, which compare) or is in use."""
+    """Write the settings `mine` to config.json in a run's folder. Returns a lock for `with`. Raises
+    UserError if other settings are there (in all processes: each compares), or it is in use."""
     file = folder / "config.json"
     with explained(f"{folder} cannot be used: give another --out"):
         folder.mkdir(parents=True, exist_ok=True)
