@@ -1708,15 +1708,16 @@ def test_processes_stop_together_and_refuse_together(tmp_path, monkeypatch):
     script.write_text("import os, signal, sys, fmd\n"
                       "draw = fmd.Distiller.draw\n"
                       "def interrupted(self, step):\n"
-                      "    if step == 1 and fmd.RANK == 1:\n"
+                      "    if step == 3 and fmd.RANK == 1:  # the last step\n"
                       "        os.kill(os.getpid(), signal.SIGINT)\n"
                       "    return draw(self, step)\n"
                       "fmd.Distiller.draw = interrupted\n"
                       "sys.exit(fmd.main())\n")
     done = torchrun("--out", tmp_path / "out", *TINY, *GUIDED, script=script)
-    assert done.returncode and done.stderr.count("step 2, the same command continues") == 1
+    assert done.returncode and done.stderr.count("step 4, the same command continues") == 1
     assert "FutureWarning" not in done.stderr
-    assert torch.load(tmp_path / "out" / "student.pt", weights_only=True)["step"] == 2
+    assert torch.load(tmp_path / "out" / "student.pt", weights_only=True)["step"] == 4
+    assert not (tmp_path / "out" / "metrics.json").exists()
     done = torchrun("--out", tmp_path / "odd", *TINY, *GUIDED, processes=3)
     lines = [line for line in done.stderr.splitlines() if line.startswith("fmd:")]
     assert done.returncode and len(lines) == 1 and "multiples of 3, processes x" in lines[0]
