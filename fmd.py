@@ -157,11 +157,10 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     spacing and delta - spacing, one-sided at the ends). Raises ValueError for another form.
 
     Why a small D_G can leave a large error: u is evaluated at f, not at phi. So the error e = f -
-    phi has de/ddelta = D_G + (u(f) - u(phi)). Let L = <e, u(f) - u(phi)> / ||e||^2, the rate at
-    which u moves f and phi apart. Then
-        d||e||/ddelta <= ||D_G|| + L ||e||.
-    D_G adds new error. The old one grows between modes, where paths part (L > 0), and mostly
-    shrinks inside of a mode (L < 0). As e = 0 at delta = 0, by Gronwall's inequality
+    phi has de/ddelta = D_G + (u(f) - u(phi)). D_G adds new error. The other term changes the old
+    one, at the rate L = <e, u(f) - u(phi)> / ||e||^2: between modes, where paths part, L > 0 and it
+    grows; inside of a mode mostly L < 0 and it shrinks. Together,
+        d||e||/ddelta <= ||D_G|| + L ||e||, so, as e = 0 at delta = 0 (Gronwall's inequality),
         ||e|| at delta = 1 <= integral over delta of ||D_G|| exp(integral of L from delta to 1)."""
     # Why a partial derivative: the jump starts at the fixed noise z, and only its end moves with
     # delta. (In MeanFlow the start moves, so its derivative also has a term (dF/dx_t) dx_t/dt.)
@@ -199,8 +198,8 @@ def correction_gradient(v_N, u, x_r, r, y=None):
        (The student's log p depends on theta too, but E[dlog p/dtheta] = 0.)
     2. Tweedie's formula: s = -E[n | x_r] / r. As n = x_r - (1 - r) (x - n), an exact critic gives
        s = -(x_r - (1 - r) v_N) / r and s_u = -(x_r - (1 - r) u) / r. So s - s_u = (1 - r) / r D_N.
-    [11] leaves out the factor (1 - r)^2 / r of this gradient: each r's KL gets the weight
-    r / (1 - r)^2 > 0.
+    So the gradient of the KL at r is (1 - r)^2 / r times E[(dF/dtheta)^T D_N]. [11] leaves out this
+    factor: it is the gradient of the KLs with the weights r / (1 - r)^2 > 0.
 
     Why D_N need not be zero for a perfect student: step 2 for s_u needs u = E[x - n | x_r] over the
     samples x of u's own ODE. A learned u is only near this mean, a guided u is another function."""
@@ -215,7 +214,7 @@ def decay(D, k):
 
     What k does: a residual of size m, m^2 = ||D||^2 / d, gets the size m^(1 - 2k), if m^2 is well
     above eps. At k = 0 large ones dominate the gradient, at 1/2 all count equally, at 1 large ones
-    count less.
+    count less than small ones.
     Why decay: without the correction the paper's FID (DiT-B/2) is about 12 for each k. With the
     correction it is 43.5 for k = 0, 10.6 for 1/2 and 5.6 for 1, so at k = 0 the correction harms.
     We guess: the two losses disagree most where residuals are large."""
@@ -225,7 +224,7 @@ def decay(D, k):
 class Distiller(nn.Module):
     """The paper's loss. draw draws the batch of a step, forward is its loss. (Section 6 trains it.)
 
-    network: a velocity network, read as the student's F. critic: another, which learns v_N. It too
+    network: a velocity network, read as the student's F. critic: another, which learns v_N. It also
     starts as a copy of the teacher, as v_N will be roughly u once the student has learned. teacher:
     u(x, t, y), never changed. config: a Config (section 5), with prediction jvp or difference.
 
@@ -245,11 +244,11 @@ class Distiller(nn.Module):
         loss, metrics, D_G = 0.0, {}, None
         if len(z_G):  # Predict
             u = guided(self.teacher, guidance_G, config.guidance_interval)
-            F = student.F(z_G, delta, y_G, guidance_G)  # with a graph; residual has its own
+            F = student.F(z_G, delta, y_G, guidance_G)  # with a graph, for the loss
             D_G = self.residual(student, u, F, z_G, delta, y_G, guidance_G, h)  # of [9]
             metrics["prediction"] = mean_square(D_G).mean()
-            # Why F * sg(D): its gradient is that of [8], so [9], up to 1/d. Its value, of any sign,
-            # means nothing: watch ||D_G||^2.
+            # Why F * sg(D): at k = 0 its gradient is that of [8], so [9], up to 1/d. Its value, of
+            # any sign, means nothing: watch ||D_G||^2.
             loss = (F * decay(D_G, config.decay)).mean()
         if len(z_N):  # Correct, at delta = 1: the paper found no gain at other delta
             u = guided(self.teacher, guidance_N, config.correction_interval)
@@ -261,13 +260,13 @@ class Distiller(nn.Module):
             x_r = interpolate(x, n, r)
             # Why a critic: v_N, of the student's own samples, has no closed form and changes at
             # every step. Flow matching learns it, for each label and strength, as the samples
-            # depend on them. x is detached: critic_loss trains the critic.
+            # depend on them. x is detached, so critic_loss trains the critic only.
             v_N = self.critic(x_r, r, y_N, guidance_N)
             critic_loss = (v_N - (x - n)).square().mean()
             D_N = correction_gradient(v_N, u, x_r, r, y_N)
             lambda_ = self.balance(D_G, D_N)
-            # D_N is not decayed: with a factor that depends on x_r it is no gradient of a KL.
-            # lambda is one number for all x_r.
+            # D_N is not decayed: with factors that differ between the x_r of one r it is no
+            # gradient of a KL. lambda is one factor for all.
             loss = loss + lambda_ * (F * D_N).mean()  # its gradient is [11]
             loss = loss + critic_loss
             metrics |= {"correction": mean_square(D_N).mean(), "critic": critic_loss,
@@ -283,9 +282,9 @@ class Distiller(nn.Module):
         correction; alpha if there is no D_G.
 
         Why lambda: the sizes of D_G and D_N change in training. With m = |D_G|, the correction has
-        the size alpha m, and the prediction, decayed, m / (m^2 + eps)^k. So for k > 0 the
-        correction fades beside the prediction as m falls. (That lambda has D_G before its decay is
-        our choice. With the decayed D_G the ratio of the two would always be alpha.)"""
+        the size alpha m, and the decayed prediction m / (m^2 + eps)^k. Their ratio is alpha (m^2 +
+        eps)^k: for k > 0 the correction fades beside the prediction as m falls. (D_G before its
+        decay is our choice. With the decayed D_G in lambda the ratio would always be alpha.)"""
         if D_G is None:
             return torch.tensor(self.config.alpha, device=D_N.device)
         norm_G = mean_over_processes(mean_square(D_G).sqrt().mean())
@@ -307,8 +306,8 @@ class Distiller(nn.Module):
             if config.is_guided:
                 strength = torch.rand(count, generator=g)
                 batch[f"guidance_{side}"] = 1 + (config.guidance_max - 1) * strength
-        # Why all delta: D_G = 0 at one delta only relates f and its slope there. On the whole path
-        # it fixes f(z, 1). Stratified, for less variance: one row in each of rows_G equal parts.
+        # Why all delta: D_G = 0 at delta = 1 alone relates f and its slope there. At all delta it
+        # makes f the path, and so fixes f(z, 1). Stratified: one row in each of rows_G equal parts.
         batch["delta"] = 1 - (torch.arange(rows_G) + torch.rand(rows_G, generator=g)) / rows_G
         batch["r"] = torch.sigmoid(config.r_location + torch.randn(rows_N, generator=g))
         batch["n"] = torch.randn(rows_N, *shape, generator=g)
@@ -359,7 +358,7 @@ class GaussianMixture(nn.Module):
 
     def coverage(self, x):
         """For points (N, d, 1, 1): the share outside, farther than 3.5 blurs from every component;
-        and the smallest, over labels, of points inside / points expected."""
+        and points inside / points expected, of the label where this is smallest."""
         distance, nearest = torch.cdist(x.flatten(1), self.means).min(1)
         is_inside = distance <= 3.5 * self.blur
         expected = self.labels.bincount() * len(x) / len(self.labels)  # of each label
@@ -404,7 +403,7 @@ class Embedder(nn.Module):
     def forward(self, v):
         frequencies = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=v.device))
         angle = v[:, None] * frequencies  # (B, 128)
-        # Not in bfloat16, as in the last layer: D_G would have 1.5 times the error.
+        # In float32, as the last layer: in bfloat16 D_G has 1.5 times the error.
         with torch.autocast(v.device.type, enabled=False):
             return self.mlp(torch.cat([angle.cos(), angle.sin()], 1))
 
@@ -590,7 +589,7 @@ def flag(name):
 
 @dataclasses.dataclass
 class Config:
-    """Every setting of a run. The defaults are the paper's recipe, with the network of toys.
+    """Every setting of a run. The defaults are recipe "paper", with the network of toys.
     Raises UserError (exit status 2) for values that cannot work."""
 
     # the run
@@ -694,12 +693,12 @@ class Config:
 #     toy2d              fast    solver      0.5      0.3    0.125
 #     mnist --quick      paper   jvp         1        0.3    0.25
 #     mnist, imagenet    paper   jvp         1        1      0.25
-# The sizes are DiT-S/2's; --teacher brings its own.
+# PICTURES has the sizes of DiT-S/2. A file of --teacher has its own.
 PICTURES = {"patch_size": 2, "hidden_size": 384, "depth": 12, "num_heads": 6, "ema_decay": 0.999,
             "guidance_max": 4.0, "guidance": 2.0, "correction_interval": (0.0, 0.7),
             "precision": "bfloat16", "eval_samples": 5000}
 PRESETS = {
-    # label_dropout: toys are trained mostly, and measured, without labels: with them they are easy.
+    # label_dropout: toys are trained mostly, and measured, without labels, which make them easy.
     # t_location: sharp edges are learned at small t.
     "toy2d": {"label_dropout": 0.9, "t_location": -0.8, "teacher_steps": 1000, "steps": 1400,
               "teacher_learning_rate": 8e-3, "learning_rate": 0.01, "critic_learning_rate": 0.016},
@@ -750,8 +749,8 @@ TEACHER, STUDENT, WEIGHTS, EVALUATION, SAMPLING = range(5)  # streams of random 
 
 def generator(*key):
     """A random generator that depends only on the integers in `key`: seed, stream, step. So an
-    interrupted run continues with the same numbers. And all processes draw the same batch, of which
-    each takes its own rows, so the number of processes changes results by rounding only."""
+    interrupted run continues with the same numbers. All processes draw the same batch, and each
+    takes its own rows. So the number of processes changes results by rounding only."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
@@ -769,12 +768,12 @@ def device_of(network):
 
 
 class SolverDistiller(Distiller):
-    """The form solver, ours, of recipe fast. Skip it at first. In place of D_G it has
-        (f(z, delta) - end) / delta    in the loss, in lambda and in the log
-        start = f(z, delta - h)        a jump; with ema_target by the averaged weights
-        end                            where the teacher's ODE leads from start, by the solver
-    So f(z, delta) moves to `end`. For small h, end is start + h u, and this is (h / delta) D_G.
-    Why no dF/ddelta: training fits F. The derivative of an imperfect F is farther off than F is.
+    """The form solver, ours, of recipe fast. Skip it at first.
+        start = f(z, delta - h)    a jump; with ema_target by the averaged weights
+        end                        where the teacher's ODE leads from start, by the solver
+    (f(z, delta) - end) / delta takes the place of D_G in the loss, in lambda and in the log. So
+    f(z, delta) moves to `end`. For small h, end is start + h u, and this is (h / delta) D_G.
+    Why no dF/ddelta: training fits F, and the derivative of an imperfect F is often farther off.
     Why h is long: only the jump to start has the student's errors, the rest is the teacher's.
     Why delta = 1 in half of the rows (recipe fast): there f(z, 1), the sample, moves to `end`
     itself. D_G would fix only a slope."""
@@ -829,7 +828,7 @@ class TrainState:
                 self.step, self.log = saved["step"], saved["log"]
 
     def update(self, loss, config):
-        """A step of weights and average by .grad, skipped if that or the loss is not finite."""
+        """Update weights and average by .grad. Skipped if that or the loss is not finite."""
         groups = self.optimizer.param_groups  # one for each network that is trained
         norms = [nn.utils.clip_grad_norm_(group["params"], CLIP) for group in groups]
         self.skipped += 1
@@ -839,7 +838,7 @@ class TrainState:
             for group, peak in zip(groups, (config.learning_rate, config.critic_learning_rate)):
                 group["lr"] = peak * rise * (1 - self.step / config.steps)
             self.optimizer.step()
-            # At first the average is over fewer steps, while the weights change fast.
+            # At first, while the weights change fast, the average is over fewer steps.
             kept = min(config.ema_decay, (1 + self.step) / (10 + self.step))
             with torch.no_grad():
                 torch._foreach_lerp_(list(self.ema.parameters()), groups[0]["params"], 1 - kept)
@@ -882,8 +881,8 @@ def train(module, config, state=None):
             part = {name: v[rows].to(device) for name, v in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16"):
                 loss, metrics = parallel(**part)
-            # DDP averages .grad as a whole. What earlier parts left there is the same in all
-            # processes, so averaging does not change it.
+            # DDP averages all of .grad, with what earlier parts left there. That is the same in
+            # all processes already, so it does not change.
             (loss / count).backward()
             values.append(torch.stack([loss, *metrics.values()]).detach())
         loss, *means = mean_over_processes(torch.stack(values).mean(0))
@@ -934,7 +933,7 @@ def student_path(student, z, points, y=None, guidance=None):
 def search_noise(student, reward, N, y=None, guidance=None, generator=None, keep=1):
     """Draw N noises, return those `keep` whose samples have the largest rewards, best first.
     reward: (N, C, H, W) -> (N,). y, guidance: (1,) or None. The paper's inference-time scaling: a
-    noise costs one evaluation, and the teacher's samples from the best ones are nearly the same."""
+    noise costs one evaluation. The teacher's samples from the best noises are nearly the same."""
     z = draw_noise(student.network, N, generator)
     rewards = reward(jump(student, z, y, guidance)).view(N)
     return z[rewards.topk(keep).indices]
@@ -955,8 +954,8 @@ def sliced_w2(a, b, count=128):
 
 
 def conditions(network, config, N):
-    """Label and strength of N samples that are measured. Labels: 0, 1, 2, ... in turn (N,), or the
-    null label (1,) if most of an unguided training had it. Strength: (1,), or None."""
+    """Label and strength of N samples that are measured. Labels: 0, 1, 2, ... in turn (N,). Without
+    guidance and with label_dropout above 0.5, the null label (1,). Strength: (1,), or None."""
     y = torch.arange(N, device=device_of(network)) % max(1, network.num_classes)
     if config.is_guided:
         return y, torch.tensor([config.guidance], device=y.device)
@@ -1255,13 +1254,13 @@ def read_public(file, teacher_format="", num_heads=0):
         raise ValueError(f"trained for {found}, not {velocity}, linear: is --teacher-format right?")
     outputs = "final_layer.linear.weight", "final_layer.linear.bias"
     if teacher_format == "sit":
-        # SiT is called at 1 - t, so its first layer gets [cos(w - wt), sin(w - wt)] (see Embedder).
-        # As cos(w - wt) = cos w cos wt + sin w sin wt, and sin(w - wt) = sin w cos wt - cos w sin
-        # wt, combined weights give the same from [cos wt, sin wt].
+        # SiT is called at 1 - t, so its first layer computes A cos(w - wt) + B sin(w - wt), which
+        # is (A cos w + B sin w) cos wt + (A sin w - B cos w) sin wt. The brackets are the weights
+        # of a layer that is called at t.
         w = torch.exp(-math.log(10000) / 128 * torch.arange(128, dtype=torch.float64))
-        of_cos, of_sin = tensors["t_embedder.mlp.0.weight"].double().split(128, 1)
+        A, B = tensors["t_embedder.mlp.0.weight"].double().split(128, 1)
         tensors["t_embedder.mlp.0.weight"] = torch.cat(
-            [of_cos * w.cos() + of_sin * w.sin(), of_cos * w.sin() - of_sin * w.cos()], 1)
+            [A * w.cos() + B * w.sin(), A * w.sin() - B * w.cos()], 1)
         _, C, p, _ = tensors[FIRST].shape
         for name in outputs:  # a second half of the channels is not used
             tensors[name] = tensors[name].unflatten(0, (p * p, -1))[:, :C].flatten(0, 1)
@@ -1372,8 +1371,8 @@ def open_teacher(given, device):
     if RANK == 0:
         print(f"{given['teacher']}: {file.get('format', 'fmd')}, {network.settings}")
     # A file read in a wrong way would still get good scores: they compare the student with it. Two
-    # signs of it: neighbouring values that differ by 1.4 spreads, as in noise (data: less than 1),
-    # and a spread of 2 (a network that predicts noise, u = n, gives 2z; data has about 1).
+    # signs of a wrong reading: neighbouring values that differ by 1.4 spreads, as in noise (data:
+    # less than 1), and a spread of 2 (a network of u = n gives 2z; data has about 1).
     if "format" in file and not given.get("trust_teacher"):
         y = torch.arange(16, device=device) % max(1, network.num_classes)
         x = solve_ode(network, draw_noise(network, 16, generator(0)), 8, y=y)
