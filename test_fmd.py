@@ -1833,7 +1833,7 @@ def test_the_readmes_python_runs(finished, vae, tmp_path, monkeypatch):
         (tmp_path / "train" / name).mkdir(parents=True)
         PIL.Image.new("RGB", (80, 70), "red").save(tmp_path / "train" / name / "0.png")
     monkeypatch.chdir(tmp_path)
-    latents = latents.replace("stabilityai/sd-vae-ft-ema", str(vae[1])).replace("256", "64")
+    latents = latents.replace("256", "64").replace("stabilityai/sd-vae-ft-ema", str(vae[1]))
     Path("latents.py").write_text(latents)
     recipe = runpy.run_path("latents.py")
     recipe["encode"]("train")
