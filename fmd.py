@@ -61,7 +61,7 @@ from torchvision import datasets, utils
 from tqdm import tqdm
 
 # 1. The method -----------------------------------------------------------------------------------
-# A teacher is any function u(x, t, y) that returns a velocity.
+# A teacher is any function u(x, t, y=None) that returns a velocity.
 # Why from noise alone: a guided or imperfect teacher passes through states that noised data rarely
 # reach (the teacher-data mismatch), so a student that trains on noised data, as in MeanFlow (arXiv
 # 2505.13447), hardly learns them. At t = 1 the states of any teacher are known: they are N(0, I).
@@ -563,7 +563,7 @@ class ImageData:
         x = torch.from_numpy(self.images[i.numpy()].astype(np.float32))
         bad = i[~(x.flatten(1).std(1) > 0)]  # also where the deviation is NaN
         if len(bad):
-            raise UserError(f"row {bad[0]} of the data is constant or not finite: remove it")
+            raise UserError(f"row {bad[0]} of the data is constant or not finite: replace it")
         if self.images.dtype == np.uint8:
             x = x / 127.5 - 1
         return x, self.labels[i]
@@ -674,7 +674,7 @@ class Config:
         if self.precision == "bfloat16" and (self.prediction == "difference" or self.exact_teacher):
             raise UserError("--prediction difference, --exact-teacher: give --precision float32", 2)
         if self.guidance > self.guidance_max:
-            raise UserError(f"--guidance: the student is trained for 1 to {self.guidance_max}", 2)
+            raise UserError(f"--guidance {self.guidance}: give 1 to {self.guidance_max}", 2)
 
     @property
     def corrections(self):
@@ -738,7 +738,7 @@ WORLD = int(LAUNCH.get("WORLD_SIZE", 1))
 WARMUP = 100  # steps in which the learning rate rises
 CLIP = 1.0  # largest norm of the gradient of a network
 LOG_INTERVAL = 50  # steps between lines of the log
-CHECKPOINT_INTERVAL = 500  # steps that are lost at most if a run is killed
+CHECKPOINT_INTERVAL = 500  # steps, a multiple of LOG_INTERVAL, that a killed run loses at most
 # Beside the progress bar, and as curves: {metric: title}.
 SHOWN = {"flow_matching": "teacher: flow matching loss",
          "prediction": "student: prediction residual² / d",
@@ -763,8 +763,8 @@ def mean_over_processes(v):
 
 
 def device_of(network):
-    """The device of a network's weights."""
-    return next(network.parameters()).device
+    """The device of a network's weights, or of a mixture's means."""
+    return next(iter(network.state_dict().values())).device
 
 
 class SolverDistiller(Distiller):
@@ -826,6 +826,9 @@ class TrainState:
                 for name, part in self.parts.items():
                     part.load_state_dict(saved[name])
                 self.step, self.log = saved["step"], saved["log"]
+        mean = mean_over_processes(torch.tensor(self.step, dtype=torch.float64))
+        if path and abs(mean - self.step) > 1e-6:
+            raise UserError(f"{path} differs between processes: give a folder that all share")
 
     def update(self, loss, config):
         """Update weights and average by .grad. Skipped if that or the loss is not finite."""
@@ -1137,7 +1140,8 @@ def save(path, write):
             write(file)
         part.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a read-only folder
+            part.unlink(missing_ok=True)
 
 
 def load_points(path):
@@ -1334,8 +1338,8 @@ def check_settings(where, theirs, mine, may_differ=()):
     """Raises UserError if a setting is in `theirs`, of a folder or file, and differs in `mine`."""
     for name, v in mine.items():  # array_equal: an interval is a tuple or, from a flag, a list
         if name not in may_differ and not np.array_equal(theirs.get(name, v), v):
-            raise UserError(f"{where} has {flag(name)} {theirs[name]}, not {v}: give the same "
-                            "settings, or another --out or --teacher", 2)
+            raise UserError(f"{where} has {flag(name)} {theirs[name] or 'none'}, not {v}: "
+                            "give the same settings, or another --out or --teacher", 2)
 
 
 def claim_folder(folder, mine):
@@ -1344,10 +1348,10 @@ def claim_folder(folder, mine):
     file = folder / "config.json"
     with explained(f"{folder} cannot be used: give another --out"):
         folder.mkdir(parents=True, exist_ok=True)
-        is_new = not any(folder.glob("*.pt")) and not file.exists()
+        is_new = not any(folder.glob("*.pt"))
         theirs = mine if is_new else json.loads(file.read_text())
     check_settings(folder, theirs, mine, MAY_CHANGE)
-    with explained(f"{folder} is in use: wait for its other process, or give another --out"):
+    with explained(f"{folder} has no free lock: wait for its other process, or change --out"):
         lock = FileLock(folder / f"lock{RANK}").acquire(timeout=0)  # free when its process dies
     if RANK == 0:
         save(file, lambda part: part.write(json.dumps(mine, indent=1).encode()))
@@ -1386,7 +1390,7 @@ def open_teacher(given, device):
     names = ("dataset", "toy", "hidden_size", "depth", "num_heads", "patch_size")
     fixed = {name: known[name] for name in names}
     where = given["teacher"]
-    if not file.get("has_null", True):
+    if not file.get("has_null", file.get("config", {}).get("label_dropout", 1)):
         where += ", without null label, so without guidance,"
         fixed |= {"guidance_max": 1.0, "guidance": 1.0, "label_dropout": 0.0}
     check_settings(where, fixed, given)
@@ -1401,7 +1405,7 @@ def run_training(given, device):
     config = make_config(**given)
     start = load_student(config.student, device).network if config.student else None
     # For config.json, where a file that has changed is noticed by the sum of its numbers.
-    sources = {name: f"of sum {network.final_layer.linear.weight.cpu().double().sum()}"
+    sources = {name: f"of sum {network.final_layer.linear.weight.cpu().double().sum():.6g}"
                for name, network in (("teacher", teacher), ("student", start)) if network}
     data = open_data(config) if teacher is None or config.dataset == "toy2d" else None
     if data:
@@ -1409,7 +1413,7 @@ def run_training(given, device):
         if teacher and not data.coordinates.items() <= teacher.settings.items():
             raise UserError(f"--toy {config.toy}: these are not this teacher's points", 2)
         total = (x.double().flatten(1).sum(1) * (y + 1)).sum()  # depends on the order of labels
-        sources["data"] = f"of sum {total}, {len(data.labels)} rows, {data.coordinates}"
+        sources["data"] = f"of sum {total:.6g}, {len(data.labels)} rows, {data.coordinates}"
     network = teacher or new_network(data, config).to(device)
     sizes = {**network.settings, "guidance": config.is_guided}
     if start and (teacher is None or start.settings != sizes):
@@ -1442,6 +1446,8 @@ def run_stages(teacher, start, data, config, out):
         network, more = run_stage("student", distiller, config, out, score)
         if RANK == 0:
             evaluate(FlowMap(network), distiller.teacher, data, config, out, log + more)
+    elif RANK == 0:
+        print(f"teacher.pt is in {out}")
 
 
 def run_stage(kind, module, config, out, score=None):
@@ -1475,9 +1481,9 @@ def run_stage(kind, module, config, out, score=None):
                 line["endpoint_error"] = score(state.ema)
             state.log.append({"stage": kind, "step": step, **line})
             bar.set_postfix({k: line[k] for k in SHOWN if k in line}, refresh=False)
+            if is_last or step % CHECKPOINT_INTERVAL == 0:
+                state.write(path, config)
             recent, clock = [], time.perf_counter()
-        if is_last or step % CHECKPOINT_INTERVAL == 0:
-            state.write(path, config)
         if is_stopped:
             break
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -1531,6 +1537,8 @@ def main(argv=None):
             distributed.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
         run = run_sampling if given.get("stage") == "sample" else run_training
         run(given, device)
+        if WORLD > 1:
+            distributed.destroy_process_group()  # it waits for all processes: not after an error
         return 0
     except (Exception, KeyboardInterrupt) as e:
         if given.get("debug"):
@@ -1548,8 +1556,6 @@ def main(argv=None):
         return status
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
