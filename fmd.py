@@ -1538,7 +1538,7 @@ def main(argv=None):
         run = run_sampling if given.get("stage") == "sample" else run_training
         run(given, device)
         if WORLD > 1:
-            distributed.destroy_process_group()  # it waits for all processes: not after an error
+            distributed.destroy_process_group()
         return 0
     except (Exception, KeyboardInterrupt) as e:
         if given.get("debug"):
@@ -1553,6 +1553,9 @@ def main(argv=None):
         is_common = status == 2 or isinstance(e, KeyboardInterrupt)  # all processes meet it
         if RANK == 0 or not is_common:
             print("fmd:", *line.split(), file=sys.stderr)
+        if WORLD > 1:  # at once: a normal exit may wait for processes that have not failed
+            sys.stdout.flush()
+            os._exit(status)
         return status
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
