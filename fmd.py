@@ -856,6 +856,7 @@ class TrainState:
         if RANK == 0:
             save(path, lambda file: torch.save(checkpoint, file))
             path.with_suffix(".json").write_text(json.dumps(self.log, indent=1))
+        mean_over_processes(torch.zeros(1))  # all wait: once one has ended, torchrun kills others
 
 
 def train(module, config, state=None):
