@@ -1453,7 +1453,7 @@ def run_stages(teacher, start, data, config, out):
 
 def run_stage(kind, module, config, out, score=None):
     """Train, or go on from out/<kind>.pt (on a CPU to the same bits). Returns the averaged network
-    and the log, with score(network). Ctrl-C and SIGTERM: saves, then raises KeyboardInterrupt."""
+    and the log, with score(network). Ctrl-C, SIGTERM, SIGHUP: saves, then KeyboardInterrupt."""
     path = out / f"{kind}.pt"
     state = TrainState(module, config, path)
     if RANK == 0 and state.step:
@@ -1525,7 +1525,9 @@ def main(argv=None):
     """The command line. Returns the exit status: 0 done, 1 failed in running, 2 wrong command."""
     given = vars(make_parser().parse_args(argv))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also after `&` in a script
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # as Ctrl-C
+    for number in signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM):  # as Ctrl-C
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup: ignores SIGHUP
+            signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
     warnings.filterwarnings("ignore", module="torch")  # torch's own, about what jvp uses
     try:
         name = given.get("device", Config.device)
@@ -1551,8 +1553,7 @@ def main(argv=None):
             line = f"interrupted: {e} the same command continues"
         elif "out of memory" in str(e) or "allocate memory" in str(e):
             line = "out of memory: raise --micro-batches, or give --activation-checkpointing"
-        is_common = status == 2 or isinstance(e, KeyboardInterrupt)  # all processes meet it
-        if RANK == 0 or not is_common:
+        if RANK == 0 or (status == 1 and isinstance(e, Exception)):  # others are common to all
             print("fmd:", *line.split(), file=sys.stderr)
         if WORLD > 1:  # at once: a normal exit may wait for processes that have not failed
             sys.stdout.flush()

@@ -1005,7 +1005,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(
 
     def interrupting(self, step):
         if step == 4:
-            os.kill(os.getpid(), signal.SIGTERM if moment == "Distiller" else signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGHUP if moment == "Distiller" else signal.SIGINT)
         return draw(self, step)
 
     monkeypatch.setattr(kind, "draw", interrupting)
