@@ -157,10 +157,10 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     spacing and delta - spacing, one-sided at the ends). Raises ValueError for another form.
 
     Why a small D_G can leave a large error: u is evaluated at f, not at phi. So the error e = f -
-    phi has de/ddelta = D_G + (u(f) - u(phi)). D_G adds new error. The other term changes the old
-    one, at the rate L = <e, u(f) - u(phi)> / ||e||^2: between modes, where paths part, L > 0 and it
-    grows; inside of a mode mostly L < 0 and it shrinks. Together,
-        d||e||/ddelta <= ||D_G|| + L ||e||, so, as e = 0 at delta = 0 (Gronwall's inequality),
+    phi has de/ddelta = D_G + (u(f) - u(phi)). D_G adds new error. The bracket changes the error
+    that is already there, at the rate L = <e, u(f) - u(phi)> / ||e||^2. Between modes, where paths
+    part, L > 0 and e grows. Inside of a mode mostly L < 0 and e shrinks. By Gronwall's inequality
+        d||e||/ddelta <= ||D_G|| + L ||e|| with e = 0 at delta = 0, so
         ||e|| at delta = 1 <= integral over delta of ||D_G|| exp(integral of L from delta to 1)."""
     # Why a partial derivative: the jump starts at the fixed noise z, and only its end moves with
     # delta. (In MeanFlow the start moves, so its derivative also has a term (dF/dx_t) dx_t/dt.)
@@ -283,8 +283,9 @@ class Distiller(nn.Module):
 
         Why lambda: the sizes of D_G and D_N change in training. With m = |D_G|, the correction has
         the size alpha m, and the decayed prediction m / (m^2 + eps)^k. Their ratio is alpha (m^2 +
-        eps)^k: for k > 0 the correction fades beside the prediction as m falls. (D_G before its
-        decay is our choice. With the decayed D_G in lambda the ratio would always be alpha.)"""
+        eps)^k: for k > 0 the correction fades beside the prediction as m falls. It should, as D_N
+        need not be zero in the end. So lambda has D_G before its decay (our choice): with the
+        decayed D_G the ratio would always be alpha."""
         if D_G is None:
             return torch.tensor(self.config.alpha, device=D_N.device)
         norm_G = mean_over_processes(mean_square(D_G).sqrt().mean())
@@ -698,7 +699,7 @@ PICTURES = {"patch_size": 2, "hidden_size": 384, "depth": 12, "num_heads": 6, "e
             "guidance_max": 4.0, "guidance": 2.0, "correction_interval": (0.0, 0.7),
             "precision": "bfloat16", "eval_samples": 5000}
 PRESETS = {
-    # label_dropout: toys are trained mostly, and measured, without labels, which make them easy.
+    # label_dropout: toys are trained mostly, and measured, without labels: a label makes them easy.
     # t_location: sharp edges are learned at small t.
     "toy2d": {"label_dropout": 0.9, "t_location": -0.8, "teacher_steps": 1000, "steps": 1400,
               "teacher_learning_rate": 8e-3, "learning_rate": 0.01, "critic_learning_rate": 0.016},
@@ -772,7 +773,8 @@ class SolverDistiller(Distiller):
         start = f(z, delta - h)    a jump; with ema_target by the averaged weights
         end                        where the teacher's ODE leads from start, by the solver
     (f(z, delta) - end) / delta takes the place of D_G in the loss, in lambda and in the log. So
-    f(z, delta) moves to `end`. For small h, end is start + h u, and this is (h / delta) D_G.
+    f(z, delta) moves to `end`. For small h (without ema_target) start is f - h v_G and end is
+    start + h u, so this is (h / delta) D_G.
     Why no dF/ddelta: training fits F, and the derivative of an imperfect F is often farther off.
     Why h is long: only the jump to start has the student's errors, the rest is the teacher's.
     Why delta = 1 in half of the rows (recipe fast): there f(z, 1), the sample, moves to `end`
@@ -834,9 +836,9 @@ class TrainState:
         """Update weights and average by .grad. Skipped if that or the loss is not finite."""
         groups = self.optimizer.param_groups  # one for each network that is trained
         norms = [nn.utils.clip_grad_norm_(group["params"], CLIP) for group in groups]
-        self.skipped += 1
-        if torch.stack([loss, *norms]).isfinite().all():
-            self.skipped = 0
+        is_finite = torch.stack([loss, *norms]).isfinite().all()
+        self.skipped = 0 if is_finite else self.skipped + 1
+        if is_finite:
             rise = min(1, (self.step + 1) / WARMUP)
             for group, peak in zip(groups, (config.learning_rate, config.critic_learning_rate)):
                 group["lr"] = peak * rise * (1 - self.step / config.steps)
@@ -872,7 +874,7 @@ def train(module, config, state=None):
         module.ema_student = FlowMap(state.ema)
     device = device_of(module.network)
     # Why DDP wraps the loss: DDP averages gradients only if its own forward is called. The loss
-    # calls module.network itself and would bypass a DDP around that, without a warning.
+    # calls module.network, not a DDP around it, which would average nothing, without a warning.
     parallel = module
     if WORLD > 1:  # bucket_view: no second copy of the gradients
         parallel = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
@@ -885,8 +887,8 @@ def train(module, config, state=None):
             part = {name: v[rows].to(device) for name, v in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16"):
                 loss, metrics = parallel(**part)
-            # DDP averages all of .grad, with what earlier parts left there. That is the same in
-            # all processes already, so it does not change.
+            # DDP averages all of .grad, with what earlier parts left there. Averaging this again
+            # does not change it: it is the same in all processes.
             (loss / count).backward()
             values.append(torch.stack([loss, *metrics.values()]).detach())
         loss, *means = mean_over_processes(torch.stack(values).mean(0))
@@ -1377,7 +1379,7 @@ def open_teacher(given, device):
         print(f"{given['teacher']}: {file.get('format', 'fmd')}, {network.settings}")
     # A file read in a wrong way would still get good scores: they compare the student with it. Two
     # signs of a wrong reading: neighbouring values that differ by 1.4 spreads, as in noise (data:
-    # less than 1), and a spread of 2 (a network of u = n gives 2z; data has about 1).
+    # less than 1), and a spread of 2, the end of a path away from data (2z; data has about 1).
     if "format" in file and not given.get("trust_teacher"):
         y = torch.arange(16, device=device) % max(1, network.num_classes)
         x = solve_ode(network, draw_noise(network, 16, generator(0)), 8, y=y)
