@@ -739,7 +739,7 @@ WORLD = int(LAUNCH.get("WORLD_SIZE", 1))
 WARMUP = 100  # steps in which the learning rate rises
 CLIP = 1.0  # largest norm of the gradient of a network
 LOG_INTERVAL = 50  # steps between lines of the log
-CHECKPOINT_INTERVAL = 500  # steps, a multiple of LOG_INTERVAL, that a killed run loses at most
+CHECKPOINT_INTERVAL = 500  # steps that a killed run loses at most; a multiple of LOG_INTERVAL
 # Beside the progress bar, and as curves: {metric: title}.
 SHOWN = {"flow_matching": "teacher: flow matching loss",
          "prediction": "student: prediction residual² / d",
@@ -828,6 +828,7 @@ class TrainState:
                 for name, part in self.parts.items():
                     part.load_state_dict(saved[name])
                 self.step, self.log = saved["step"], saved["log"]
+        # Process 0 alone writes: in a folder of its own another one would start again.
         mean = mean_over_processes(torch.tensor(self.step, dtype=torch.float64))
         if path and abs(mean - self.step) > 1e-6:
             raise UserError(f"{path} differs between processes: give a folder that all share")
@@ -858,7 +859,7 @@ class TrainState:
         if RANK == 0:
             save(path, lambda file: torch.save(checkpoint, file))
             path.with_suffix(".json").write_text(json.dumps(self.log, indent=1))
-        mean_over_processes(torch.zeros(1))  # all wait: once one has ended, torchrun kills others
+        mean_over_processes(torch.zeros(1))  # wait: if one ends early, torchrun kills process 0
 
 
 def train(module, config, state=None):
@@ -1354,7 +1355,7 @@ def claim_folder(folder, mine):
         is_new = not any(folder.glob("*.pt"))
         theirs = mine if is_new else json.loads(file.read_text())
     check_settings(folder, theirs, mine, MAY_CHANGE)
-    with explained(f"{folder} has no free lock: wait for its other process, or change --out"):
+    with explained(f"{folder} cannot be locked: wait for its other process, or change --out"):
         lock = FileLock(folder / f"lock{RANK}").acquire(timeout=0)  # free when its process dies
     if RANK == 0:
         save(file, lambda part: part.write(json.dumps(mine, indent=1).encode()))
@@ -1407,7 +1408,7 @@ def run_training(given, device):
     teacher = open_teacher(given, device) if given.get("teacher") else None
     config = make_config(**given)
     start = load_student(config.student, device).network if config.student else None
-    # For config.json, where a file that has changed is noticed by the sum of its numbers.
+    # config.json holds sums of the numbers in files, to notice a file that has changed.
     sources = {name: f"of sum {network.final_layer.linear.weight.cpu().double().sum():.6g}"
                for name, network in (("teacher", teacher), ("student", start)) if network}
     data = open_data(config) if teacher is None or config.dataset == "toy2d" else None
@@ -1555,7 +1556,7 @@ def main(argv=None):
             line = f"interrupted: {e} the same command continues"
         elif "out of memory" in str(e) or "allocate memory" in str(e):
             line = "out of memory: raise --micro-batches, or give --activation-checkpointing"
-        if RANK == 0 or (status == 1 and isinstance(e, Exception)):  # others are common to all
+        if RANK == 0 or (status == 1 and isinstance(e, Exception)):  # once if common to all
             print("fmd:", *line.split(), file=sys.stderr)
         if WORLD > 1:  # at once: a normal exit may wait for processes that have not failed
             sys.stdout.flush()

@@ -383,7 +383,7 @@ def test_toys_and_what_their_exact_teacher_generates(toy):
     assert x.shape == (2000, *data.shape) == (2000, 2, 1, 1) and data.num_classes == classes
     assert data.is_exact and 0.8 < x.std() < 1.25 and x.mean(0).abs().max() < 0.1
     assert (y.bincount(minlength=classes) / 2000 - 1 / classes).abs().max() < 0.04
-    found = fmd.solve_ode(data, noise(2000, *data.shape).float(), 24, "rk4")
+    found = fmd.solve_ode(data, fmd.draw_noise(data, 2000, fmd.generator(3)), 24, "rk4")
     assert fmd.sliced_w2(found, other) < 2 * fmd.sliced_w2(x, other)
     for points in x, found:
         covered = data.coverage(points)
@@ -1032,18 +1032,16 @@ def test_an_interrupt_during_the_last_write_ends_the_run(tmp_path, monkeypatch, 
     assert not (tmp_path / "student.pt").exists()
 
 
-def test_processes_that_see_different_checkpoints_stop(finished, monkeypatch):
-    c = fmd.make_config(**json.loads((finished / "config.json").read_text()))
-    monkeypatch.setattr(fmd, "mean_over_processes", lambda v: v / 2)  # of 8 steps and 0
+def test_processes_that_see_different_checkpoints_stop(tmp_path, monkeypatch):
+    monkeypatch.setattr(fmd, "mean_over_processes", lambda v: v + 4)  # of 0 steps and 8
+    c = fmd.Config()
     with pytest.raises(fmd.UserError, match="give a folder that all share"):
-        fmd.TrainState(fmd.make_distiller(fmd.load_teacher(finished / "teacher.pt"), c), c,
-                       finished / "student.pt")
+        fmd.TrainState(fmd.make_distiller(fmd.DiT(), c), c, tmp_path / "a.pt")
 
 
 def test_a_killed_run_continues_to_the_same_bits(finished, tmp_path):
     script = ("import os, signal, sys, fmd\n"
-              "fmd.LOG_INTERVAL = fmd.CHECKPOINT_INTERVAL = 3\n"
-              "draw = fmd.Distiller.draw\n"
+              "fmd.LOG_INTERVAL = fmd.CHECKPOINT_INTERVAL = 3; draw = fmd.Distiller.draw\n"
               "def dying(self, step):\n"
               "    if step == 7: os.kill(os.getpid(), signal.SIGKILL)\n"
               "    return draw(self, step)\n"
@@ -1694,12 +1692,8 @@ def test_every_process_forgets_the_metrics_that_it_has_logged(tmp_path, monkeypa
     monkeypatch.setattr(fmd, "RANK", 1)
     monkeypatch.setattr(fmd, "LOG_INTERVAL", 2)
     metrics = [{"x": torch.tensor(v)} for v in (1.0, 2.0, math.nan, 4.0, 5.0)]
-
-    def train(module, config, state):
-        for state.step, values in enumerate(metrics, 1):
-            yield state.step, values, state
-
-    monkeypatch.setattr(fmd, "train", train)
+    monkeypatch.setattr(
+        fmd, "train", lambda *_: ((step, m, None) for step, m in enumerate(metrics, 1)))
     c = fmd.Config(batch_size=8, steps=5)
     _, log = fmd.run_stage("student", fmd.make_distiller(fmd.DiT(), c), c, tmp_path)
     assert [line["x"] for line in log] == [1.5, 4, 5]
@@ -1708,8 +1702,13 @@ def test_every_process_forgets_the_metrics_that_it_has_logged(tmp_path, monkeypa
 
 def test_processes_stop_together_and_refuse_together(tmp_path, monkeypatch):
     script = tmp_path / "interrupted.py"
-    script.write_text("import os, signal, sys, fmd\n"
-                      "draw = fmd.Distiller.draw\n"
+    script.write_text("import os, signal, sys, time, fmd\n"
+                      "draw, save, leave = fmd.Distiller.draw, fmd.save, os._exit\n"
+                      "fmd.save = lambda *a: (time.sleep(1), save(*a))\n"
+                      "def leaving(status):\n"
+                      "    print('file:', 'student.pt' in os.listdir(sys.argv[2]), flush=True)\n"
+                      "    leave(status)\n"
+                      "os._exit = leaving\n"
                       "def interrupted(self, step):\n"
                       "    if step == 3 and fmd.RANK == 1:  # the last step\n"
                       "        os.kill(os.getpid(), signal.SIGINT)\n"
@@ -1718,7 +1717,7 @@ def test_processes_stop_together_and_refuse_together(tmp_path, monkeypatch):
                       "sys.exit(fmd.main())\n")
     done = torchrun("--out", tmp_path / "out", *TINY, *GUIDED, script=script)
     assert done.returncode and done.stderr.count("step 4, the same command continues") == 1
-    assert "FutureWarning" not in done.stderr
+    assert "FutureWarning" not in done.stderr and done.stdout.count("file: True") == 2
     assert torch.load(tmp_path / "out" / "student.pt", weights_only=True)["step"] == 4
     assert not (tmp_path / "out" / "metrics.json").exists()
     done = torchrun("--out", tmp_path / "odd", *TINY, *GUIDED, processes=3)
