@@ -25,11 +25,11 @@ Shapes: x, z, n are images (B, C, H, W) of d = C H W values; a point of the plan
 The paper's equations, with theta the student's weights
     [7] v_G = u(f, 1 - delta)                     [8] the loss 1/2 E||F - sg(F - D_G)||^2
     [9] its gradient, E[(dF/dtheta)^T D_G]        [10] KL(student's x_r || teacher's x_r) at each r
-    [11] its gradient, E[(dF/dtheta)^T D_N], up to a weight for each r
+    [11] its gradient, E[(dF/dtheta)^T D_N], up to a weight for each r, if u and v_N are exact
 
 Commands to paste; the same command continues a run that was interrupted
     python fmd.py --dataset toy2d                            # a 2-D toy, by our recipe (section 6)
-    python fmd.py --dataset toy2d --recipe paper --steps 5600 --learning-rate 0.003  # the paper's
+    python fmd.py --dataset toy2d --recipe paper             # the same by the paper's recipe
     python fmd.py --dataset mnist --quick                    # digits with guidance, on two cores
     python fmd.py --dataset imagenet --teacher SiT-XL-2-256x256.pt --teacher-format sit
 """
@@ -55,6 +55,7 @@ from filelock import FileLock
 from matplotlib.animation import FuncAnimation
 from matplotlib.figure import Figure
 from torch import distributed, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, utils
@@ -64,7 +65,9 @@ from tqdm import tqdm
 # A teacher is any function u(x, t, y=None) that returns a velocity.
 # Why from noise alone: a guided or imperfect teacher passes through states that noised data rarely
 # reach (the teacher-data mismatch), so a student that trains on noised data, as in MeanFlow (arXiv
-# 2505.13447), hardly learns them. At t = 1 the states of any teacher are known: they are N(0, I).
+# 2505.13447), learns them less well. At t = 1 the states of any teacher are known: noise, N(0, I).
+# All jumps here start there: [7] relates a jump to slightly longer ones from the same noise.
+# (MeanFlow relates it to jumps that start later on the path, at t < 1, and needs the states there.)
 
 
 def expand(v):
@@ -78,10 +81,8 @@ def interpolate(x, n, t):
 
 
 class FlowMap:
-    """The student: a network read as F, the average velocity from t = 1 to t = 1 - delta.
-
-    Why it starts with the teacher's weights: over a jump of length 0 the average velocity is
-    u(z, 1), and F(z, 0) of the teacher's network is just that (without guidance)."""
+    """The student: a network read as F, the average velocity from t = 1 to t = 1 - delta. It starts
+    with the teacher's weights: then F(z, 0) = u(z, 1), which is right (without guidance)."""
 
     def __init__(self, network):
         self.network = network
@@ -107,8 +108,8 @@ def solve_ode(u, z, steps, method="heun", y=None, return_path=False, t=1.0, leng
     Raises ValueError for no steps, or a method that is not in METHODS."""
     if steps < 1 or method not in METHODS:
         raise ValueError(f"solve_ode: {steps} steps of {method}; give 1 or more of {[*METHODS]}")
-    t = torch.as_tensor(t, device=z.device).view(-1)
-    dt = torch.as_tensor(length, device=z.device).view(-1) / steps
+    t = torch.as_tensor(t, dtype=z.dtype, device=z.device).view(-1)
+    dt = torch.as_tensor(length, dtype=z.dtype, device=z.device).view(-1) / steps
     step = expand(dt)
     path = [z]
     for _ in range(steps):
@@ -127,9 +128,9 @@ def solve_ode(u, z, steps, method="heun", y=None, return_path=False, t=1.0, leng
 
 
 def guided(teacher, guidance, interval=(0.0, 1.0)):
-    """Classifier-free guidance: u_gamma = gamma u(.|y) + (1 - gamma) u(.|null), used as a velocity.
-    guidance: the strength gamma, (B,) or (1,), or None for the teacher itself. Outside of the
-    interval of t the strength is 1."""
+    """Classifier-free guidance: u_gamma = gamma u(.|y) + (1 - gamma) u(.|null). The ODE uses it as
+    a velocity, although it is E[x - n | x_t] of no data. guidance: the strength gamma, (B,) or
+    (1,), or None for the teacher itself. Outside of the interval of t the strength is 1."""
     if guidance is None:
         return teacher
 
@@ -148,7 +149,7 @@ def mean_square(D):
     return D.flatten(1).square().mean(1)
 
 
-@torch.no_grad()  # sg: D_G is a constant
+@torch.no_grad()  # sg: D_G is a constant. (jvp does not need a graph.)
 def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp", spacing=0.005):
     """Predict: D_G = v_G - u(f, 1 - delta), (B, C, H, W), with v_G = F + delta dF/ddelta. If it is
     0 for all z and delta [7], f solves the teacher's ODE from z, so f = phi.
@@ -174,8 +175,7 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
         low = (delta - spacing).clamp(min=0)
         high = (delta + spacing).clamp(max=1)
         F = student.F(z, delta, y, guidance)
-        dF = student.F(z, high, y, guidance) - student.F(z, low, y, guidance)
-        dF = dF / expand(high - low)
+        dF = (student.F(z, high, y, guidance) - student.F(z, low, y, guidance)) / expand(high - low)
     else:
         raise ValueError(f"prediction_gradient: {form} is not jvp or difference")
     # Why u at f: a solution of the ODE has df/ddelta = u(f, 1 - delta) [7], and the student's own f
@@ -183,6 +183,10 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     # Why sg: the target of [8], F - D_G = u(f) - delta dF/ddelta, depends on the weights too. A
     # gradient through u(f) could move f to where u happens to be near v_G. One through dF/ddelta
     # would be a costly second derivative.
+    # Why it converges, though no loss is minimized: let k = 0, F be free at each z and delta, and s
+    # be the time of training. Then [9] is dF/ds = -D_G, so df/ds = delta (u(f, 1 - delta) -
+    # df/ddelta). The solution at s: f(z, delta) is where the teacher's ODE leads from the untrained
+    # f(z, delta_0), with delta_0 = delta e^-s. For large s this start is f(z, 0) = z, so f is phi.
     f = z + expand(delta) * F
     return F + expand(delta) * dF - u(f, 1 - delta, y)  # [7] as a residual: D_G of [9]
 
@@ -199,7 +203,7 @@ def correction_gradient(v_N, u, x_r, r, y=None):
     2. Tweedie's formula: s = -E[n | x_r] / r. As n = x_r - (1 - r) (x - n), an exact critic gives
        s = -(x_r - (1 - r) v_N) / r and s_u = -(x_r - (1 - r) u) / r. So s - s_u = (1 - r) / r D_N.
     So the gradient of the KL at r is (1 - r)^2 / r times E[(dF/dtheta)^T D_N]. [11] leaves out this
-    factor: it is the gradient of the KLs with the weights r / (1 - r)^2 > 0.
+    factor: it is the gradient of the KLs with weights p(r) r / (1 - r)^2 > 0, p the density of r.
 
     Why D_N need not be zero for a perfect student: step 2 for s_u needs u = E[x - n | x_r] over the
     samples x of u's own ODE. A learned u is only near this mean, a guided u is another function."""
@@ -214,10 +218,11 @@ def decay(D, k):
 
     What k does: a residual of size m, m^2 = ||D||^2 / d, gets the size m^(1 - 2k), if m^2 is well
     above eps. At k = 0 large ones dominate the gradient, at 1/2 all count equally, at 1 large ones
-    count less than small ones.
+    count less than small ones. (If m^2 is well below eps, all are multiplied by eps^-k.)
     Why decay: without the correction the paper's FID (DiT-B/2) is about 12 for each k. With the
     correction it is 43.5 for k = 0, 10.6 for 1/2 and 5.6 for 1, so at k = 0 the correction harms.
-    We guess: the two losses disagree most where residuals are large."""
+    There it has the most weight beside the prediction (see balance), with its critic's errors. In
+    the plane, with v_N from fresh samples and no critic, k = 0 does no harm (notebook, 7)."""
     return D / expand((mean_square(D) + EPS) ** k)
 
 
@@ -225,8 +230,9 @@ class Distiller(nn.Module):
     """The paper's loss. draw draws the batch of a step, forward is its loss. (Section 6 trains it.)
 
     network: a velocity network, read as the student's F. critic: another, which learns v_N. It also
-    starts as a copy of the teacher, as v_N will be roughly u once the student has learned. teacher:
-    u(x, t, y), never changed. config: a Config (section 5), with prediction jvp or difference.
+    starts as a copy of the teacher: without guidance, v_N will be roughly u once the student has
+    learned. (At first its D_N is 0, although the student is wrong.) teacher: u(x, t, y), its
+    weights stay the same. config: a Config (section 5), with prediction jvp or difference.
 
     Why the correction has its own guidance interval: if u is guided, D_N is not zero even for a
     perfect student (see correction_gradient). On digits (README) a guided u pulls to stronger
@@ -254,9 +260,9 @@ class Distiller(nn.Module):
             u = guided(self.teacher, guidance_N, config.correction_interval)
             F = student.F(z_N, torch.ones_like(r), y_N, guidance_N)
             x = (z_N + F).detach()  # f(z, 1), one-step samples
-            # Why r lies near the noise (median sigmoid(0.8) = 0.69): with little noise the x_r of
+            # Why r includes much noise (median sigmoid(0.8) = 0.69): with little of it the x_r of
             # student and teacher hardly overlap, and D_N cannot see modes that the student lacks.
-            # (The paper's FID is 92 if no r is above 0.6, with these r 5.6.)
+            # (The paper's FID: 92 if no r is above 0.6, 6.0 for uniform r, 5.6 for these.)
             x_r = interpolate(x, n, r)
             # Why a critic: v_N, of the student's own samples, has no closed form and changes at
             # every step. Flow matching learns it, for each label and strength, as the samples
@@ -265,10 +271,9 @@ class Distiller(nn.Module):
             critic_loss = (v_N - (x - n)).square().mean()
             D_N = correction_gradient(v_N, u, x_r, r, y_N)
             lambda_ = self.balance(D_G, D_N)
-            # D_N is not decayed: with factors that differ between the x_r of one r it is no
-            # gradient of a KL. lambda is one factor for all.
-            loss = loss + lambda_ * (F * D_N).mean()  # its gradient is [11]
-            loss = loss + critic_loss
+            # D_N is not decayed: with factors that differ between the x_r of one r it would be no
+            # gradient of a KL. (lambda is one factor for all.)
+            loss = loss + lambda_ * (F * D_N).mean() + critic_loss  # the gradient of F * D_N: [11]
             metrics |= {"correction": mean_square(D_N).mean(), "critic": critic_loss,
                         "lambda": lambda_}
         return loss, metrics
@@ -281,11 +286,11 @@ class Distiller(nn.Module):
         """lambda = alpha E|D_G| / (E|D_N| + eps), |D| = ||D|| / sqrt(d), the weight of the
         correction; alpha if there is no D_G.
 
-        Why lambda: the sizes of D_G and D_N change in training. With m = |D_G|, the correction has
-        the size alpha m, and the decayed prediction m / (m^2 + eps)^k. Their ratio is alpha (m^2 +
-        eps)^k: for k > 0 the correction fades beside the prediction as m falls. It should, as D_N
-        need not be zero in the end. So lambda has D_G before its decay (our choice): with the
-        decayed D_G the ratio would always be alpha."""
+        Why lambda: the sizes of D_G and D_N change in training. If all |D_G| are m (soon below 1),
+        the correction has the size alpha m, and the decayed prediction m / (m^2 + eps)^k. Their
+        ratio is alpha (m^2 + eps)^k: for k > 0 the correction fades as m falls, to alpha eps^k. It
+        should fade, as D_N need not be zero in the end. So lambda has D_G before its decay (our
+        choice): with the decayed D_G the ratio would always be alpha."""
         if D_G is None:
             return torch.tensor(self.config.alpha, device=D_N.device)
         norm_G = mean_over_processes(mean_square(D_G).sqrt().mean())
@@ -295,7 +300,7 @@ class Distiller(nn.Module):
     def draw(self, step):
         """The batch of a step, from the prior alone: {name: tensor, one row for each sample}."""
         config, classes, shape = self.config, self.network.num_classes, self.network.shape
-        g = generator(config.seed, STUDENT, step)  # of this step's random numbers: section 6
+        g = generator(config.seed, STUDENT, step)  # this and mean_over_processes: section 6
         rows_N = config.corrections
         rows_G = config.batch_size - rows_N
         batch = {}
@@ -328,7 +333,7 @@ class GaussianMixture(nn.Module):
         self.register_buffer("means", means)
         self.register_buffer("labels", labels)
         self.blur, self.num_classes = blur, num_classes
-        self.is_exact = len(means) <= 2000  # for more, forward and coverage need too much memory
+        self.has_velocity = len(means) <= 2000  # for more, it and coverage need too much memory
         self.shape = (means.shape[1], 1, 1)
         self.coordinates = {"center": center, "scale": scale}
 
@@ -404,7 +409,7 @@ class Embedder(nn.Module):
     def forward(self, v):
         frequencies = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=v.device))
         angle = v[:, None] * frequencies  # (B, 128)
-        # In float32, as the last layer: in bfloat16 D_G has 1.5 times the error.
+        # In float32, like the last layer: in bfloat16 the error of D_G is 1.5 times as large.
         with torch.autocast(v.device.type, enabled=False):
             return self.mlp(torch.cat([angle.cos(), angle.sin()], 1))
 
@@ -445,11 +450,12 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """u(x, t | y), and with guidance=True u(x, t | y, gamma). center, scale: of GaussianMixture,
+    """u(x, t | y), and with is_guided=True u(x, t | y, gamma). center, scale: of GaussianMixture,
     kept for run_sampling. settings: the arguments, for checkpoints."""
 
     def __init__(self, input_size=1, in_channels=2, num_classes=8, hidden_size=64, depth=3,
-                 num_heads=1, patch_size=1, qk_norm=False, guidance=False, center=0.0, scale=1.0):
+                 num_heads=1, patch_size=1, qk_norm=False, is_guided=False, center=0.0,
+                 scale=1.0):
         super().__init__()
         self.settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         E, p, C = hidden_size, patch_size, in_channels
@@ -469,7 +475,7 @@ class DiT(nn.Module):
         self.final_layer = nn.ModuleDict({
             "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(E, 2 * E)),
             "linear": nn.Linear(E, p * p * C)})
-        self.guidance_embedder = Embedder(E) if guidance else None  # last: see from_teacher
+        self.guidance_embedder = Embedder(E) if is_guided else None  # last: see from_teacher
         self.activation_checkpointing = False
         # As in DiT, blocks start as the identity and the output as zero. Embedders start larger.
         for name, parameter in self.named_parameters():
@@ -481,13 +487,13 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(parameter)
 
     @staticmethod
-    def from_teacher(teacher, guidance=False):
+    def from_teacher(teacher, is_guided=False):
         """A copy of the teacher. A new input for guidance has no effect, its last layer is 0. (It
         comes last, as in __init__: saved optimizers rely on the order of parameters.)"""
         network = copy.deepcopy(teacher).requires_grad_()
-        if guidance and network.guidance_embedder is None:
-            network.settings["guidance"] = True
-            network.guidance_embedder = copy.deepcopy(network.t_embedder)
+        if is_guided and network.guidance_embedder is None:
+            network.settings["is_guided"] = True
+            network.guidance_embedder = copy.deepcopy(network.t_embedder)  # no random numbers
             for parameter in network.guidance_embedder.mlp[2].parameters():
                 nn.init.zeros_(parameter)
         return network
@@ -506,7 +512,7 @@ class DiT(nn.Module):
         B, C, H, W = x.shape
         p = self.settings["patch_size"]
         patches = nnf.pixel_unshuffle(x, p).flatten(2).mT  # (B, T, C p p), tokens row by row
-        proj = self.x_embedder.proj  # stored like a convolution, applied as a matrix
+        proj = self.x_embedder.proj  # a convolution, applied as a matrix, which is faster
         x = nnf.linear(patches, proj.weight.flatten(1), proj.bias) + self.pos_embed  # (B, T, E)
         if self.fourier_embedder is not None:
             angle = torch.cat([patches, 2 * patches, 4 * patches], 2)
@@ -524,7 +530,8 @@ class DiT(nn.Module):
 
 
 # 4. Data -----------------------------------------------------------------------------------------
-# Data has shape, num_classes, coordinates, draw(N, generator) -> images (N, C, H, W), labels (N,).
+# Data has shape, num_classes, coordinates, has_velocity, and draw(N, generator) -> images
+# (N, C, H, W) and labels (N,).
 
 TOYS = ("checkerboard", "gaussians", "moons", "spirals", "rings")
 
@@ -558,6 +565,7 @@ class ImageData:
         self.num_classes = num_classes
         self.shape = images.shape[1:]
         self.coordinates = {"center": 0.0, "scale": 1.0}  # as in GaussianMixture
+        self.has_velocity = False
 
     def draw(self, N, g):
         i = torch.randint(len(self.labels), (N,), generator=g)
@@ -574,7 +582,13 @@ class ImageData:
 
 
 class UserError(Exception):
-    """What the user can correct: (message,), exit status 1, or (message, 2), a wrong command."""
+    """What the user can correct."""
+    status = 1  # of the command line
+
+
+class WrongCommand(UserError):
+    """The same, found before any work."""
+    status = 2
 
 
 def option(default, help, low=-(10**10), high=10**10, choices=None):
@@ -591,7 +605,7 @@ def flag(name):
 @dataclasses.dataclass
 class Config:
     """Every setting of a run. The defaults are recipe "paper", with the network of toys.
-    Raises UserError (exit status 2) for values that cannot work."""
+    Raises WrongCommand for values that cannot work."""
 
     # the run
     dataset: str = option("toy2d", "data", choices=["toy2d", "mnist", "cifar10", "imagenet"])
@@ -616,7 +630,7 @@ class Config:
     patch_size: int = option(1, "side of a token in pixels", 1)
     # training of both
     batch_size: int = option(256, "samples per step", 1)
-    ema_decay: float = option(0.995, "of the averaged weights, which are the result", 0, 1)
+    ema_decay: float = option(0.995, "of the averaged weights, the result; less at first", 0, 1)
     label_dropout: float = option(0.1, "share of labels replaced by the null label", 0, 1)
     teacher_steps: int = option(20000, "training steps of the teacher", 1)
     teacher_learning_rate: float = option(3e-4, "peak", 0)
@@ -656,26 +670,28 @@ class Config:
         for f in dataclasses.fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in choices:
-                raise UserError(f"{flag(f.name)} {value}: give one of {choices}", 2)
+                raise WrongCommand(f"{flag(f.name)} {value}: give one of {choices}")
             if f.type is not str:
                 low, high = f.metadata["low"], f.metadata["high"]
                 first, last = value if f.type is tuple else (value, value)
                 if not low <= first <= last <= high:
-                    raise UserError(f"{flag(f.name)} {value}: give numbers from {low} to {high}, "
-                                    "of an interval the lower end first", 2)
+                    raise WrongCommand(f"{flag(f.name)} {value}: give {low} to {high}, "
+                                       "of an interval the lower end first")
         if 0 < self.correction_share < 1 and self.corrections in (0, self.batch_size):
-            raise UserError("--batch-size: too small for this --correction-share", 2)
+            raise WrongCommand("--batch-size: too small for this --correction-share")
         if self.is_guided and not (self.label_dropout or self.teacher):
-            raise UserError("--label-dropout: guidance needs a null label, give more than 0", 2)
+            raise WrongCommand("--label-dropout: guidance needs a null label, give more than 0")
         if self.stage == "teacher" and (self.teacher or self.student):
-            raise UserError("--stage teacher trains one: remove --teacher and --student", 2)
+            raise WrongCommand("--stage teacher trains one: remove --teacher and --student")
+        if self.recipe == "fast" and self.dataset != "toy2d":
+            raise WrongCommand("--recipe fast: only for toys; --prediction solver has its loss")
         if self.hidden_size % (4 * self.num_heads):
-            raise UserError("--hidden-size: give a multiple of 4 x --num-heads", 2)
+            raise WrongCommand("--hidden-size: give a multiple of 4 x --num-heads")
         # In bfloat16 a difference of near values and the exact velocity have few correct digits.
         if self.precision == "bfloat16" and (self.prediction == "difference" or self.exact_teacher):
-            raise UserError("--prediction difference, --exact-teacher: give --precision float32", 2)
+            raise WrongCommand("--prediction difference, --exact-teacher: give --precision float32")
         if self.guidance > self.guidance_max:
-            raise UserError(f"--guidance {self.guidance}: give 1 to {self.guidance_max}", 2)
+            raise WrongCommand(f"--guidance {self.guidance}: give 1 to {self.guidance_max}")
 
     @property
     def corrections(self):
@@ -701,19 +717,20 @@ PICTURES = {"patch_size": 2, "hidden_size": 384, "depth": 12, "num_heads": 6, "e
 PRESETS = {
     # label_dropout: toys are trained mostly, and measured, without labels: a label makes them easy.
     # t_location: sharp edges are learned at small t.
-    "toy2d": {"label_dropout": 0.9, "t_location": -0.8, "teacher_steps": 1000, "steps": 1400,
-              "teacher_learning_rate": 8e-3, "learning_rate": 0.01, "critic_learning_rate": 0.016},
+    "toy2d": {"label_dropout": 0.9, "t_location": -0.8, "teacher_steps": 1000, "steps": 5600,
+              "teacher_learning_rate": 8e-3, "learning_rate": 0.003, "critic_learning_rate": 2e-3,
+              "alpha": 0.3},
     "mnist": PICTURES,
     "cifar10": {**PICTURES, "teacher_steps": 200000, "steps": 100000},
     "imagenet": {**PICTURES, "steps": 100000, "teacher_steps": 400000, "eval_samples": 2000,
                  "teacher_learning_rate": 1e-4, "guidance_max": 3.0, "guidance": 1.4,
                  "ema_decay": 0.9999, "activation_checkpointing": True},
 }
-# Of the recipe "paper" the paper gives prediction, decay, alpha (any of 0.3 to 3),
-# correction_share, r_location, and in PICTURES correction_interval. The rest is ours.
+# Of the recipe "paper" the paper gives prediction, decay, alpha (0.3 to 3), correction_share,
+# r_location, and in PICTURES correction_interval. The rest is ours.
 RECIPES = {"paper": {},  # the defaults of Config
-           "fast": {"prediction": "solver", "decay": 0.5, "alpha": 0.3, "delta_scale": 2.0,
-                    "ema_target": True, "correction_share": 0.125}}
+           "fast": {"prediction": "solver", "decay": 0.5, "delta_scale": 2.0, "ema_target": True,
+                    "correction_share": 0.125, "steps": 1400, "learning_rate": 0.01}}  # for toys
 # Minutes on two cores. With these learning rates alpha 1 is unstable on digits.
 SMALL = {"hidden_size": 96, "depth": 4, "num_heads": 3, "patch_size": 4, "batch_size": 32,
          "teacher_steps": 5000, "teacher_learning_rate": 2e-3, "steps": 4000, "eval_samples": 500,
@@ -775,8 +792,9 @@ class SolverDistiller(Distiller):
     (f(z, delta) - end) / delta takes the place of D_G in the loss, in lambda and in the log. So
     f(z, delta) moves to `end`. For small h (without ema_target) start is f - h v_G and end is
     start + h u, so this is (h / delta) D_G.
-    Why no dF/ddelta: training fits F, and the derivative of an imperfect F is often farther off.
-    Why h is long: only the jump to start has the student's errors, the rest is the teacher's.
+    Why it needs fewer steps: a row has 4 solver_steps evaluations of the teacher, with a long h.
+    Only the jump to start has the student's errors, the rest is the teacher's. (With as many
+    evaluations in all, jvp is nearly as good.)
     Why delta = 1 in half of the rows (recipe fast): there f(z, 1), the sample, moves to `end`
     itself. D_G would fix only a slope."""
 
@@ -834,7 +852,7 @@ class TrainState:
             raise UserError(f"{path} differs between processes: give a folder that all share")
 
     def update(self, loss, config):
-        """Update weights and average by .grad. Skipped if that or the loss is not finite."""
+        """Update weights and average by .grad, unless that or the loss is not finite."""
         groups = self.optimizer.param_groups  # one for each network that is trained
         norms = [nn.utils.clip_grad_norm_(group["params"], CLIP) for group in groups]
         is_finite = torch.stack([loss, *norms]).isfinite().all()
@@ -844,10 +862,10 @@ class TrainState:
             for group, peak in zip(groups, (config.learning_rate, config.critic_learning_rate)):
                 group["lr"] = peak * rise * (1 - self.step / config.steps)
             self.optimizer.step()
-            # At first, while the weights change fast, the average is over fewer steps.
+            # The first weights are far off: until step 9 / (1 - ema_decay) the average is over
+            # about the last tenth of the steps so far.
             kept = min(config.ema_decay, (1 + self.step) / (10 + self.step))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(self.ema.parameters()), groups[0]["params"], 1 - kept)
+            get_ema_multi_avg_fn(kept)([*self.ema.parameters()], groups[0]["params"], None)
         self.optimizer.zero_grad()
         self.step += 1
 
@@ -908,10 +926,13 @@ SET_STEPS = 8
 
 
 def in_batches(f, z, y):
-    """f(z, y) on the CPU, a part of the rows at a time: memory stays small. y: (B,) or (1,)."""
+    """Samples f(z, y), a part of the rows at a time, to save memory. Returns them on the CPU.
+    y: (B,) or (1,). Raises UserError if they are not finite."""
     rows = max(1, min(4000, 2**17 // z[0].numel()))
-    parts = zip(z.split(rows), y.expand(len(z)).split(rows))
-    return torch.cat([f(*part).cpu() for part in parts])
+    x = torch.cat([f(*v).cpu() for v in zip(z.split(rows), y.expand(len(z)).split(rows))])
+    if not x.isfinite().all():
+        raise UserError("samples are not finite: lower the learning rate, with another --out")
+    return x
 
 
 def draw_noise(network, N, g=None):
@@ -933,14 +954,15 @@ def sample(student, N, y=None, guidance=None, generator=None):
 @torch.no_grad()
 def student_path(student, z, points, y=None, guidance=None):
     """f(z, i / points) for i = 0 ... points, each a jump from z: (points + 1, B, C, H, W)."""
-    deltas = torch.linspace(0, 1, points + 1, device=z.device).split(1)
+    deltas = torch.linspace(0, 1, points + 1, dtype=z.dtype, device=z.device).split(1)
     return torch.stack([student.f(z, delta, y, guidance) for delta in deltas])
 
 
 def search_noise(student, reward, N, y=None, guidance=None, generator=None, keep=1):
     """Draw N noises, return those `keep` whose samples have the largest rewards, best first.
     reward: (N, C, H, W) -> (N,). y, guidance: (1,) or None. The paper's inference-time scaling: a
-    noise costs one evaluation. The teacher's samples from the best noises are nearly the same."""
+    noise costs one evaluation. If the endpoint error is small, the teacher's samples from the best
+    noises are nearly the same."""
     z = draw_noise(student.network, N, generator)
     rewards = reward(jump(student, z, y, guidance)).view(N)
     return z[rewards.topk(keep).indices]
@@ -1003,14 +1025,13 @@ def evaluate(student, teacher, data, config, out, log):
     print(f"endpoint error {errors[-1]:.4f} of the spread (0 is exact); SW2 {ratio:.3f} times its "
           f"floor (1 is the goal); 1 evaluation instead of {nfe}")
     metrics = {"endpoint_error": errors[-1], "error_along_path": errors, "sw2_floor": floor,
-               "sw2_ratio": ratio, "log": log, "teacher_nfe": nfe, "config": vars(config),
-               "torch": str(torch.__version__)}
+               "sw2_ratio": ratio, "log": log, "teacher_nfe": nfe, "config": vars(config)}
     if data is not None:
         x, other_x = data.draw(2 * N, generator(config.seed, EVALUATION, 2))[0].chunk(2)
         sets = {"data": x, **sets}
-        data_floor = sliced_w2(x, other_x)
+        data_floor = sliced_w2(x, other_x) or 1.0  # 0 if all data is the same
         for name, drawn in sets.items():
-            covered = data.coverage(drawn) if getattr(data, "is_exact", False) else {}
+            covered = data.coverage(drawn) if data.has_velocity else {}
             metrics[name] = {"SW2 to data": sliced_w2(drawn, other_x) / data_floor, **covered}
             print(f"{name:>8}:", ", ".join(f"{k} {v:.3f}" for k, v in metrics[name].items()))
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
@@ -1140,7 +1161,7 @@ def save(path, write):
     """Call write(file). The file at `path` is then replaced as a whole, or not at all."""
     part = path.with_name(f"{path.name}.part")
     try:
-        with explained("free some space, or give another --out"), open(part, "wb") as file:
+        with explained(f"{path}: free some space or give another --out"), open(part, "wb") as file:
             write(file)
         part.replace(path)
     finally:
@@ -1254,7 +1275,7 @@ def read_public(file, teacher_format="", num_heads=0):
     prefix, tensors = find_tensors(file)
     if teacher_format not in ("sit", "repa"):
         raise ValueError("give --teacher-format sit or repa")
-    args = file.get("args", {})  # a Namespace or a dict
+    args = file.get("args") or {}  # a Namespace or a dict
     settings = {**file, **getattr(args, "__dict__", args)}
     velocity = {"sit": "velocity", "repa": "v"}[teacher_format]  # its name in their settings
     found = f"{settings.get('prediction', velocity)}, {settings.get('path_type', 'linear')}".lower()
@@ -1292,6 +1313,8 @@ def infer_settings(tensors, num_heads=0):
     """Settings of a DiT with these tensors. Heads, if no tensor tells them, as in SiT and REPA."""
     E, C, p, _ = tensors[FIRST].shape
     heads = num_heads or (16 if E == 1152 else max(1, E // 64))  # XL has 16
+    if E % heads:
+        raise ValueError(f"--num-heads {heads} does not divide the width {E}")
     qk_norm = "blocks.0.attn.q_norm.weight" in tensors
     if qk_norm:
         heads = E // len(tensors["blocks.0.attn.q_norm.weight"])
@@ -1331,7 +1354,7 @@ MAY_CHANGE = UNNAMED | {"learning_rate", "teacher_learning_rate", "critic_learni
 
 def name_folder(given):
     """The folder of a run: --out, or its data set and flags, as in runs/toy2d_seed=3_toy=moons."""
-    flags = {k: v for k, v in sorted(given.items()) if k not in UNNAMED and v != ""}
+    flags = {k: v for k, v in sorted(given.items()) if k not in UNNAMED}
     dataset = flags.pop("dataset", "distilled" if "teacher" in flags else Config.dataset)
     name = "_".join([dataset, *(f"{k}={v}" for k, v in flags.items())])
     name = re.sub(r"[^\w.=]", "-", name, flags=re.ASCII)[:200]  # what file systems allow
@@ -1342,8 +1365,8 @@ def check_settings(where, theirs, mine, may_differ=()):
     """Raises UserError if a setting is in `theirs`, of a folder or file, and differs in `mine`."""
     for name, v in mine.items():  # array_equal: an interval is a tuple or, from a flag, a list
         if name not in may_differ and not np.array_equal(theirs.get(name, v), v):
-            raise UserError(f"{where} has {flag(name)} {theirs[name] or 'none'}, not {v}: "
-                            "give the same settings, or another --out or --teacher", 2)
+            raise WrongCommand(f"{where} has {flag(name)} {theirs[name]!r}, not {v!r}: "
+                               "give the same settings, or another --out or --teacher")
 
 
 def claim_folder(folder, mine):
@@ -1355,7 +1378,7 @@ def claim_folder(folder, mine):
         is_new = not any(folder.glob("*.pt"))
         theirs = mine if is_new else json.loads(file.read_text())
     check_settings(folder, theirs, mine, MAY_CHANGE)
-    with explained(f"{folder} cannot be locked: wait for its other process, or change --out"):
+    with explained(f"{folder} cannot be locked: wait for its other process, or give another --out"):
         lock = FileLock(folder / f"lock{RANK}").acquire(timeout=0)  # free when its process dies
     if RANK == 0:
         save(file, lambda part: part.write(json.dumps(mine, indent=1).encode()))
@@ -1365,7 +1388,7 @@ def claim_folder(folder, mine):
 def new_network(data, config):
     """A DiT for this data. Its first weights follow from the seed. Raises UserError."""
     if data.shape[1] % config.patch_size:
-        raise UserError(f"--patch-size {config.patch_size} does not divide {data.shape[1]}", 2)
+        raise WrongCommand(f"--patch-size {config.patch_size} does not divide {data.shape[1]}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(config.seed, WEIGHTS).initial_seed())
         return DiT(data.shape[1], data.shape[0], data.num_classes, config.hidden_size, config.depth,
@@ -1379,8 +1402,9 @@ def open_teacher(given, device):
     if RANK == 0:
         print(f"{given['teacher']}: {file.get('format', 'fmd')}, {network.settings}")
     # A file read in a wrong way would still get good scores: they compare the student with it. Two
-    # signs of a wrong reading: neighbouring values that differ by 1.4 spreads, as in noise (data:
-    # less than 1), and a spread of 2, the end of a path away from data (2z; data has about 1).
+    # signs of a wrong reading: neighbouring values that differ by sqrt(2) spreads, like independent
+    # ones (data: less than 1), and a spread near 2. (Data has about 1. With the wrong sign of u a
+    # path leads from z away from x, to about 2 z - x.)
     if "format" in file and not given.get("trust_teacher"):
         y = torch.arange(16, device=device) % max(1, network.num_classes)
         x = solve_ode(network, draw_noise(network, 16, generator(0)), 8, y=y)
@@ -1415,22 +1439,22 @@ def run_training(given, device):
     if data:
         x, y = data.draw(64, generator(0))
         if teacher and not data.coordinates.items() <= teacher.settings.items():
-            raise UserError(f"--toy {config.toy}: these are not this teacher's points", 2)
+            raise WrongCommand(f"--toy {config.toy}: these are not this teacher's points")
         total = (x.double().flatten(1).sum(1) * (y + 1)).sum()  # depends on the order of labels
         sources["data"] = f"of sum {total:.6g}, {len(data.labels)} rows, {data.coordinates}"
     network = teacher or new_network(data, config).to(device)
-    sizes = {**network.settings, "guidance": config.is_guided}
+    sizes = {**network.settings, "is_guided": config.is_guided}
     if start and (teacher is None or start.settings != sizes):
-        raise UserError("--student: give its --teacher too, and its sizes and guidance", 2)
-    if config.exact_teacher and not getattr(data, "is_exact", False):
-        raise UserError("--exact-teacher: only toys have one, with 2000 points at most", 2)
+        raise WrongCommand("--student: give its --teacher too, and its sizes and guidance")
+    if config.exact_teacher and not (data and data.has_velocity):
+        raise WrongCommand("--exact-teacher: only toys have one, with 2000 points at most")
     parts = WORLD * config.micro_batches
     if config.batch_size % parts or config.corrections % parts:
-        raise UserError(f"--batch-size {config.batch_size}, {config.corrections} of it correct: "
-                        f"give multiples of {parts}, processes x --micro-batches", 2)
+        raise WrongCommand(f"--batch-size {config.batch_size}, {config.corrections} of it correct: "
+                           f"give multiples of {parts}, processes x --micro-batches")
     if config.dataset == "toy2d":  # more threads gain nothing
         torch.set_num_threads(1)
-    if config.precision == "bfloat16":  # measures are in float32: with faster products
+    if config.precision == "bfloat16":  # measures stay in float32, with faster products
         torch.set_float32_matmul_precision("high")
     with claim_folder(out, {**vars(config), **sources}):
         run_stages(network, start, data, config, out)
@@ -1440,6 +1464,8 @@ def run_stages(teacher, start, data, config, out):
     """The stages of a run; a finished one is loaded. teacher: untrained, unless from --teacher."""
     log = []
     if not config.teacher:
+        if (out / "student.pt").exists() and not (out / "teacher.pt").exists():
+            raise UserError(f"{out}: student.pt is without its teacher.pt: give another --out")
         first = dataclasses.replace(config, steps=config.teacher_steps,
                                     learning_rate=config.teacher_learning_rate)
         teacher, log = run_stage("teacher", FlowMatching(teacher, data, first), first, out)
@@ -1509,7 +1535,7 @@ def run_sampling(given, device):
     N = config.samples
     y, strength = conditions(network, config, N)
     if config.classes:
-        with explained(f"--classes: {out} has {network.num_classes} labels, give some, as in 0,1"):
+        with explained(f"--classes: {out} has {network.num_classes} labels: give some, as 0,1"):
             labels = [range(network.num_classes).index(int(v)) for v in config.classes.split(",")]
         y = torch.tensor(np.resize(labels, N), device=device)  # repeated in turn
     z = draw_noise(network, N, generator(config.sample_seed, SAMPLING))
@@ -1526,7 +1552,7 @@ def run_sampling(given, device):
 
 def main(argv=None):
     """The command line. Returns the exit status: 0 done, 1 failed in running, 2 wrong command."""
-    given = vars(make_parser().parse_args(argv))
+    given = {k: v for k, v in vars(make_parser().parse_args(argv)).items() if v != ""}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also after `&` in a script
     for number in signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM):  # as Ctrl-C
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup: ignores SIGHUP
@@ -1551,11 +1577,11 @@ def main(argv=None):
             raise
         line, status = f"{type(e).__name__}: {e} (--debug shows where)", 1
         if isinstance(e, UserError):
-            line, status = (*e.args, 1)[:2]  # 1 if it has no status
+            line, status = str(e), e.status
         elif isinstance(e, KeyboardInterrupt):
             line = f"interrupted: {e} the same command continues"
         elif "out of memory" in str(e) or "allocate memory" in str(e):
-            line = "out of memory: raise --micro-batches, or give --activation-checkpointing"
+            line = "out of memory: more --micro-batches, --activation-checkpointing, fewer samples"
         if RANK == 0 or (status == 1 and isinstance(e, Exception)):  # once if common to all
             print("fmd:", *line.split(), file=sys.stderr)
         if WORLD > 1:  # at once: a normal exit may wait for processes that have not failed

@@ -134,6 +134,22 @@ def test_forms_of_the_prediction_converge_to_each_other():
         D_G(delta, form="other")
 
 
+def test_descent_carries_the_teachers_flow_from_the_noise_on():
+    # dF/ds = -D_G from F = 0 has the solution f_s(z, delta): the flow of z from delta e^-s on
+    z, delta, network = noise(64, 2, 1, 1), times(64), fmd.DiT(num_classes=0)
+    mean, scale = MU[:, None, None], lambda v: column((v**2 * S**2 + (1 - v) ** 2).sqrt())
+
+    def F_at(s, t):
+        delta, first = 1 - t, (1 - t) * (-s).exp()
+        moved = (z - column(first) * mean) * scale(delta) / scale(first)
+        return (column(delta) * mean + moved - z) / column(delta)
+
+    for s in torch.tensor([0.0, 0.5, 4.0]).double():
+        network.forward = lambda z, t, *_, s=s: F_at(s, t)
+        _, change = torch.func.jvp(lambda s: F_at(s, 1 - delta), (s,), (torch.ones_like(s),))
+        assert_close(change, -prediction(fmd.FlowMap(network), gaussian(), z, delta))
+
+
 def test_correction_gradient_is_zero_at_the_truth_and_descends_the_kl():
     # KL of noised Gaussians with means (1 - r) b apart; its gradient is (1 - r)^2 / r times D_N
     r, b, x_r = times(64), torch.tensor(0.3).double().requires_grad_(), noise(64, 2, 1, 1)
@@ -185,6 +201,7 @@ def test_guidance_is_linear_inside_its_interval():
 
 def test_map_and_decay_by_hand():
     x, delta, student = noise(2, 2, 1, 1), times(2), fmd.FlowMap(small())
+    assert fmd.solve_ode(student.network, x, 2).dtype == fmd.student_path(student, x, 2).dtype
     assert torch.equal(student.f(x, 0 * delta), x)
     assert_close(student.f(x, delta), x + column(delta) * student.network(x, 1 - delta))
     D = images([1.0, 2.0, -2.0, 4.0], [0.0, 0.0, 0.1, 0.1])  # mean squares 6.25 and 0.005
@@ -246,7 +263,7 @@ def test_a_training_step_is_that_of_the_equations(form, k, is_guided, rows, monk
     c = fmd.Config(prediction=form, decay=k, alpha=0.7, solver_steps=2, guidance_max=3.0,
                    guidance_interval=(0.2, 0.6), correction_interval=(0.5, 0.8))
     teacher, network, critic, average = (
-        small(seed, **IMAGES, guidance=is_guided and seed > 0) for seed in range(4))
+        small(seed, **IMAGES, is_guided=is_guided and seed > 0) for seed in range(4))
     kind = fmd.SolverDistiller if form == "solver" else fmd.Distiller
     distiller = kind(network, critic if rows[1] else None, teacher, c)
     distiller.ema_student = fmd.FlowMap(average) if is_guided else None
@@ -381,7 +398,7 @@ def test_toys_and_what_their_exact_teacher_generates(toy):
     (x, y), (other, _) = (data.draw(2000, fmd.generator(i)) for i in (1, 2))
     classes = {"checkerboard": 8, "gaussians": 8, "moons": 2, "spirals": 2, "rings": 3}[toy]
     assert x.shape == (2000, *data.shape) == (2000, 2, 1, 1) and data.num_classes == classes
-    assert data.is_exact and 0.8 < x.std() < 1.25 and x.mean(0).abs().max() < 0.1
+    assert data.has_velocity and 0.8 < x.std() < 1.25 and x.mean(0).abs().max() < 0.1
     assert (y.bincount(minlength=classes) / 2000 - 1 / classes).abs().max() < 0.04
     found = fmd.solve_ode(data, fmd.draw_noise(data, 2000, fmd.generator(3)), 24, "rk4")
     assert fmd.sliced_w2(found, other) < 2 * fmd.sliced_w2(x, other)
@@ -507,7 +524,7 @@ def test_names_shapes_heads_and_position_embedding_are_those_of_public_files():
 def test_a_student_starts_as_its_teacher_and_its_guidance_input_learns():
     teacher, x, t, y = small().float(), torch.randn(4, 2, 1, 1), torch.rand(4), torch.arange(4)
     strength = torch.tensor([1.0, 2, 3, 4])
-    student = fmd.DiT.from_teacher(teacher, guidance=True)
+    student = fmd.DiT.from_teacher(teacher, is_guided=True)
     assert torch.equal(fmd.DiT.from_teacher(teacher)(x, t, y), teacher(x, t, y))
     assert_close(student(x, t, y, strength), teacher(x, t, y))
     built = fmd.DiT(**student.settings)  # its parameters have the order that an optimizer relies on
@@ -598,6 +615,7 @@ def test_settings_are_those_given_then_of_quick_then_of_recipe_then_of_preset(mo
 
 def test_values_out_of_range_are_refused_with_exit_status_2():
     wrong = [{"prediction": "guess"}, {"hidden_size": 36, "num_heads": 4}, {"guidance": 2.0},
+             {"recipe": "fast", "dataset": "mnist"},
              {"prediction": "difference", "precision": "bfloat16"}, {"alpha": math.nan},
              {"alpha": math.inf}, {"guidance_interval": (0.7, 0.2)}]
     for f in dataclasses.fields(fmd.Config):
@@ -609,7 +627,7 @@ def test_values_out_of_range_are_refused_with_exit_status_2():
     for given in wrong:
         with pytest.raises(fmd.UserError, match=fmd.flag(next(iter(given)))) as e:
             fmd.Config(**given)
-        assert e.value.args[1] == 2
+        assert e.value.status == 2 and str(e.value) in e.value.args
 
 
 # --- Training ------------------------------------------------------------------------------------
@@ -764,34 +782,22 @@ def test_how_a_step_is_computed_changes_rounding_only(loss, change, value, toler
             assert all(torch.equal(v, whole[3][0][k][i::4]) for k, v in part.items())
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("strength", [1.0, 3.0])
-@pytest.mark.parametrize("recomputes", [False, True])
-def test_the_work_that_is_counted_is_that_of_a_step(loss, strength, recomputes, tmp_path):
-    c = fmd.Config(batch_size=16, steps=1, guidance_max=strength, solver_steps=3,
-                   activation_checkpointing=recomputes)
+# Evaluations of a row: a forward 1, a backward 2, a derivative beside its value 3. jvp: F, D_G, u.
+# solver: F, the jump, 12 of u. A quarter of the rows correct: F, critic, u. Guidance: u twice.
+@pytest.mark.parametrize("loss, strength, work", [
+    ("teacher", 1.0, 3), ("jvp", 1.0, 7), ("jvp", 3.0, 8), ("solver", 1.0, (3 * 16 + 7) / 4)])
+def test_the_work_that_is_counted_is_that_of_a_step(loss, strength, work, tmp_path):
+    c = fmd.Config(batch_size=16, steps=1, guidance_max=strength, solver_steps=3)
     module = fmd.FlowMatching(fmd.DiT(), fmd.make_toy("gaussians"), c)
     if loss != "teacher":  # large enough that an input for guidance costs little
         c.prediction = loss
         module = fmd.make_distiller(fmd.DiT(4, hidden_size=96, depth=3, patch_size=2), c)
-    # torch spends two more forwards on the derivative beside the value, of 3/4 of the rows
-    made = [24] if loss == "jvp" else []
-
-    def count_backward(block, inputs, out):
-        if out.requires_grad:
-            out.register_hook(lambda _: made.append(2 * len(out)))
-
-    for network in (m for m in module.modules() if isinstance(m, fmd.DiT)):
-        network.blocks[0].register_forward_pre_hook(lambda _, inputs: made.append(len(inputs[0])))
-        network.blocks[0].register_forward_hook(count_backward)
-    [*fmd.train(module, c)]
-    expected = sum(made)
     _, (line,) = fmd.run_stage("student", module, c, tmp_path)
-    flops = 1e12 * line["tflops"] / line["samples_per_second"] * c.batch_size
+    flops = 1e12 * line["tflops"] / line["samples_per_second"]
     x = torch.zeros(1, *module.network.shape)
     with FlopCounterMode(display=False) as one, torch.no_grad():
         module.network(x, x.new_ones(1))
-    assert flops / one.get_total_flops() == pytest.approx(expected, rel=0.06)
+    assert flops / one.get_total_flops() == pytest.approx(work, rel=0.06)
 
 
 # --- Measures ------------------------------------------------------------------------------------
@@ -814,7 +820,7 @@ def test_errors_and_distances_by_hand():
 
 
 def test_samples_paths_and_search_are_jumps_from_the_noise():
-    network, calls, g = small(guidance=True).float(), [], functools.partial(fmd.generator, 5)
+    network, calls, g = small(is_guided=True).float(), [], functools.partial(fmd.generator, 5)
     student, condition = fmd.FlowMap(network), (torch.arange(20) % 4, torch.tensor([2.0]))
     z = torch.randn(20, 2, 1, 1, generator=g())
     expected = (z + network(z, torch.zeros(20), *condition)).detach()
@@ -945,7 +951,6 @@ def test_the_folder_is_the_run(finished, tmp_path, monkeypatch, capsys):
     given = {"teacher": "a b/ü.pt", "learning_rate": 1e-5, "guidance_interval": [0.0, 0.5]}
     unnamed = ("stage debug teacher_format trust_teacher guidance device compile samples classes "
                "sample_seed micro_batches activation_checkpointing eval_samples")
-    given |= {"student": "", "out": ""}  # as from a script whose variables are empty
     assert fmd.name_folder({**given, **dict.fromkeys(unnamed.split(), 1)}) == Path(
         "runs/distilled_guidance_interval=-0.0--0.5-_learning_rate=1e-05_teacher=a-b--.pt")
     long = fmd.name_folder({"dataset": "mnist", "teacher": 30 * "runs/long-ü/"})
@@ -988,8 +993,8 @@ def test_a_student_is_trained_on(finished, tmp_path, capsys):
     assert all(torch.equal(v, first["ema"][name]) for name, v in on["network"].items())
     start = fmd.load_teacher(finished / "teacher.pt").state_dict()
     name = "t_embedder.mlp.0.weight"  # the critic starts as the teacher
-    assert relative(on["critic"][name], start[name]) < 0.003
-    assert relative(first["critic"][name], start[name]) > 0.006
+    moved, moved_on = (relative(v["critic"][name], start[name]) for v in (first, on))
+    assert 0 < moved_on < moved  # in 1 step, in 8
     other = ["--teacher", finished / "teacher.pt", "--out", tmp_path / "on", "--steps", "1"]
     assert "--student" in run(*other, *TINY[4:6], *TINY[10:], status=2, capsys=capsys)
     guided = [*sources, "--guidance-max", "2"]
@@ -1135,22 +1140,31 @@ def test_the_sample_stage(finished, tmp_path, monkeypatch, capsys):
     run(*flags, 7, "--classes", "3,1", "--sample-seed", 5)
     other = np.load(finished / "samples.npz")
     assert np.abs(other["arr_0"] - found["arr_0"]).min() > 0
-    run(*flags, 7)
+    run(*flags, 7, "--recipe", "", "--classes", "")  # as from a script with empty variables
     assert np.load(finished / "samples.npz")["arr_1"].tolist() == [8] * 7  # the null label
     assert "8 labels" in run(*flags, 7, "--classes", "-1", status=1, capsys=capsys)
     assert "--guidance" in run(*flags, 7, "--guidance", "3", status=2, capsys=capsys)
     line = run("--stage", "sample", "--out", "nowhere", status=1, capsys=capsys)
     assert "nowhere/student.pt cannot be used" in line and "other flags or --out" in line
     for wrong in (["--toy", "moons"], ["--dataset", "mnist"], ["--guidance-max", "3"],
-                  ["--student", "s.pt"], ["--recipe", "paper"], ["--seed", "1"],
-                  ["--learning-rate", "5.0"]):
+                  ["--student", "s.pt"], ["--recipe", "paper"], ["--learning-rate", "5.0"],
+                  ["--seed", "1"]):
         line = run(*flags, 7, *wrong, status=2, capsys=capsys)  # not the settings of the run
-        assert wrong[0] in line and f"not {wrong[1]}" in line and str(finished) in line
+        assert wrong[0] in line and re.search(f"not '?{wrong[1]}", line) and str(finished) in line
+    assert "--seed 0, not 1" in line
     monkeypatch.chdir(tmp_path)  # without --out: the folder that the flags name
     shutil.copytree(finished, "runs/toy2d")
     Path("runs/toy2d/samples.npz").unlink()
     run("--stage", "sample", "--samples", 7, "--device", "cpu")
     assert Path("runs/toy2d/samples.npz").exists()
+    Path("runs/toy2d/samples.npz").unlink()
+    file = torch.load("runs/toy2d/student.pt", weights_only=True)
+    file["ema"]["final_layer.linear.weight"] += 3e38
+    torch.save(file, "runs/toy2d/student.pt")
+    assert "not finite" in run("--stage", "sample", status=1, capsys=capsys)
+    assert not Path("runs/toy2d/samples.npz").exists()
+    Path("runs/toy2d/teacher.pt").unlink()  # a new teacher would not be the student's
+    assert "without its teacher.pt" in run("--out", "runs/toy2d", *TINY, status=1, capsys=capsys)
 
 
 BAD_COMMANDS = [
@@ -1198,8 +1212,6 @@ def test_other_errors_are_one_line_and_debug_shows_where(tmp_path, monkeypatch, 
 
 
 # --- Pictures and latents ------------------------------------------------------------------------
-
-
 def write_idx(folder, pictures, labels):
     """MNIST's four files, as torchvision looks for them."""
     raw = Path(folder, "MNIST", "raw")
@@ -1323,6 +1335,10 @@ def test_a_teacher_from_latents(dtype, tmp_path, capsys):
         np.save(tmp_path / "latents_labels.npy", np.roll(y, 1))
         flags = ["--dataset", "imagenet", "--data", path, "--out", tmp_path / "out"]
         assert "--data" in run(*flags, *TINY_LATENTS, status=2, capsys=capsys)
+    else:  # one row, to see whether it can be learned
+        np.save(path, x[:1])
+        np.save(tmp_path / "latents_labels.npy", y[:1])
+        run("--dataset", "imagenet", "--data", path, "--out", tmp_path / "out", *TINY_LATENTS)
 
 
 BAD_LATENTS = ["shape", "point", "channels", "spread", "integers", "no labels", "number", "float"]
@@ -1413,7 +1429,7 @@ def test_a_public_teacher_is_distilled_without_data_and_sampled(
 
 WRAPPERS = [lambda w: {"state_dict": {"_orig_mod." + k: v for k, v in w.items()}},
             lambda w: {"model_state_dict": {"module._orig_mod." + k: v for k, v in w.items()}},
-            lambda w: {"model." + k: v for k, v in w.items()},
+            lambda w: {"args": None, **{"model." + k: v for k, v in w.items()}},
             lambda w: {"model": {k: 0 * v for k, v in w.items()}, "ema_0.9999": OrderedDict(w)},
             lambda w: {"state_dict": w, "ema": {"shadow": w, "decay": 0.99}},
             lambda w: {"model": {k: 0 * v for k, v in w.items()}, "shadow": w},
@@ -1451,6 +1467,8 @@ def test_a_file_without_null_label_and_with_other_heads(tmp_path, capsys):
     given = {**public, "num_heads": 4}
     network = fmd.open_teacher(given, "cpu")
     assert network.settings["num_heads"] == 4 and network.blocks[0].head_dim == 32
+    with pytest.raises(fmd.UserError, match="--num-heads 3 does not divide"):
+        fmd.load_teacher(given["teacher"], "cpu", given["teacher_format"], 3)
     c = fmd.make_config(**given)
     assert (c.guidance_max, c.guidance, c.label_dropout) == (1, 1, 0)
     for name in "guidance_max", "guidance":
@@ -1592,7 +1610,8 @@ def effective_strength(x, ends):
 
 def judge_digits(folder, teacher_path, *student_paths):
     """Print the scores of 1000 samples: a teacher at several strengths, students at 1 and 2."""
-    judge, teacher = Judge(folder), fmd.load_teacher(teacher_path)
+    teacher, students = fmd.load_teacher(teacher_path), map(fmd.load_student, student_paths)
+    students, judge = dict(zip(student_paths, students)), Judge(folder)
     line = "{}, strength {:g}: distance {:.3f}, label {:.3f}"
     print(line.format("other digits", 1, *judge.floor))
     z, y = fmd.draw_noise(teacher, 1000, fmd.generator(98)), torch.arange(1000) % 10
@@ -1601,10 +1620,9 @@ def judge_digits(folder, teacher_path, *student_paths):
         u = fmd.guided(teacher, torch.tensor([strength]))
         ends[strength] = fmd.in_batches(lambda z, y, u=u: fmd.solve_ode(u, z, 8, "rk4", y), z, y)
         print(line.format(teacher_path, strength, *judge.score(ends[strength], y)), flush=True)
-    for path in student_paths:
-        student = fmd.load_student(path)
+    for path, student in students.items():
         given = torch.tensor([[1.0], [2.0]])
-        if not student.network.settings["guidance"]:
+        if not student.network.settings["is_guided"]:
             given = [None]
         for strength in given:
             x = fmd.jump(student, z, y, strength)
@@ -1648,8 +1666,6 @@ def test_the_effective_strength_is_that_of_the_nearest_samples():
 
 
 # --- Processes -----------------------------------------------------------------------------------
-
-
 def torchrun(*args, script=None, processes=2):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                f"--nproc_per_node={processes}", str(script or fmd.__file__), *map(str, args)]
@@ -1749,8 +1765,6 @@ def test_processes_have_a_backend_for_their_device(monkeypatch, capsys, tmp_path
 
 
 # --- Pictures of a run ---------------------------------------------------------------------------
-
-
 def test_pictures_show_what_they_are_given():
     torch.manual_seed(0)
     path, jumps = torch.randn(2, 5, 60, 2, 1, 1)
@@ -1892,8 +1906,13 @@ def test_the_notebook_is_committed_as_it_ran():
         assert set(re.findall(r"\d+\.\d+", prose)) <= set(re.findall(r"\d+\.\d+", known))
     baselines = (HERE / "README.md").read_text().split("Baselines, from")[1].split("\n\n")[1]
     errors = re.findall(r"0\.\d{3}", baselines)
-    assert len(errors) == 8 and all(error in printed for error in errors)
+    assert len(errors) == 9 and all(error in printed for error in errors)
 
 
 if __name__ == "__main__":
-    judge_digits(*sys.argv[1:])
+    if len(sys.argv) < 3:
+        sys.exit("python test_fmd.py FOLDER_OF_MNIST TEACHER.pt STUDENT.pt ... of digits")
+    try:
+        judge_digits(*sys.argv[1:])
+    except fmd.UserError as e:
+        sys.exit(f"test_fmd: {e}")
