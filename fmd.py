@@ -89,7 +89,8 @@ class FlowMap:
 
     def F(self, z, delta, y=None, guidance=None):
         """F(z, delta), (B, C, H, W). delta: (B,) or (1,) in [0, 1]. The network's input is always
-        the noise z; its time, 1 - delta, tells where the jump ends."""
+        the noise z (the state at delta is what f predicts). Its time, 1 - delta, tells where the
+        jump ends."""
         return self.network(z, 1 - delta, y, guidance)
 
     def f(self, z, delta, y=None, guidance=None):
@@ -183,10 +184,10 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     # Why sg: the target of [8], F - D_G = u(f) - delta dF/ddelta, depends on the weights too. A
     # gradient through u(f) could move f to where u happens to be near v_G. One through dF/ddelta
     # would be a costly second derivative.
-    # Why it converges, though no loss is minimized: let k = 0, F be free at each z and delta, and s
-    # be the time of training. Then [9] is dF/ds = -D_G, so df/ds = delta (u(f, 1 - delta) -
-    # df/ddelta). The solution at s: f(z, delta) is where the teacher's ODE leads from the untrained
-    # f(z, delta_0), with delta_0 = delta e^-s. For large s this start is f(z, 0) = z, so f is phi.
+    # Why it converges, though no loss is minimized: let F be free at each z and delta, k = 0, and s
+    # the time of training. [9] is dF/ds = -D_G, so df/ds = delta (u(f, 1 - delta) - df/ddelta). Its
+    # solution: f(z, delta) at s is where the teacher's ODE leads from delta e^-s to delta, if it
+    # starts in the untrained f. So short jumps are right first. (k > 0 changes the speed only.)
     f = z + expand(delta) * F
     return F + expand(delta) * dF - u(f, 1 - delta, y)  # [7] as a residual: D_G of [9]
 
@@ -218,11 +219,12 @@ def decay(D, k):
 
     What k does: a residual of size m, m^2 = ||D||^2 / d, gets the size m^(1 - 2k), if m^2 is well
     above eps. At k = 0 large ones dominate the gradient, at 1/2 all count equally, at 1 large ones
-    count less than small ones. (If m^2 is well below eps, all are multiplied by eps^-k.)
+    count less than small ones. (For m well below sqrt(eps) = 0.03 all are multiplied by eps^-k.)
     Why decay: without the correction the paper's FID (DiT-B/2) is about 12 for each k. With the
     correction it is 43.5 for k = 0, 10.6 for 1/2 and 5.6 for 1, so at k = 0 the correction harms.
-    There it has the most weight beside the prediction (see balance), with its critic's errors. In
-    the plane, with v_N from fresh samples and no critic, k = 0 does no harm (notebook, 7)."""
+    Our explanation, from toys: there it has the most weight beside the prediction (see balance),
+    with its critic's errors. With v_N from fresh samples instead, k = 0 does no harm (notebook, 7).
+    """
     return D / expand((mean_square(D) + EPS) ** k)
 
 
@@ -231,8 +233,9 @@ class Distiller(nn.Module):
 
     network: a velocity network, read as the student's F. critic: another, which learns v_N. It also
     starts as a copy of the teacher: without guidance, v_N will be roughly u once the student has
-    learned. (At first its D_N is 0, although the student is wrong.) teacher: u(x, t, y), its
-    weights stay the same. config: a Config (section 5), with prediction jvp or difference.
+    learned. (So without guidance D_N is 0 at first, although the student is wrong.) teacher:
+    u(x, t, y), its weights stay the same. config: a Config (section 5), with prediction jvp or
+    difference.
 
     Why the correction has its own guidance interval: if u is guided, D_N is not zero even for a
     perfect student (see correction_gradient). On digits (README) a guided u pulls to stronger
@@ -254,7 +257,7 @@ class Distiller(nn.Module):
             D_G = self.residual(student, u, F, z_G, delta, y_G, guidance_G, h)  # of [9]
             metrics["prediction"] = mean_square(D_G).mean()
             # Why F * sg(D): at k = 0 its gradient is that of [8], so [9], up to 1/d. Its value, of
-            # any sign, means nothing: watch ||D_G||^2.
+            # any sign, means nothing: watch the endpoint error.
             loss = (F * decay(D_G, config.decay)).mean()
         if len(z_N):  # Correct, at delta = 1: the paper found no gain at other delta
             u = guided(self.teacher, guidance_N, config.correction_interval)
@@ -266,7 +269,8 @@ class Distiller(nn.Module):
             x_r = interpolate(x, n, r)
             # Why a critic: v_N, of the student's own samples, has no closed form and changes at
             # every step. Flow matching learns it, for each label and strength, as the samples
-            # depend on them. x is detached, so critic_loss trains the critic only.
+            # depend on them. x is detached, so critic_loss trains the critic only. (Its error
+            # shows neither in this loss nor in D_N: the notebook, section 7, measures it.)
             v_N = self.critic(x_r, r, y_N, guidance_N)
             critic_loss = (v_N - (x - n)).square().mean()
             D_N = correction_gradient(v_N, u, x_r, r, y_N)
@@ -290,7 +294,8 @@ class Distiller(nn.Module):
         the correction has the size alpha m, and the decayed prediction m / (m^2 + eps)^k. Their
         ratio is alpha (m^2 + eps)^k: for k > 0 the correction fades as m falls, to alpha eps^k. It
         should fade, as D_N need not be zero in the end. So lambda has D_G before its decay (our
-        choice): with the decayed D_G the ratio would always be alpha."""
+        choice): with the decayed D_G the ratio would always be alpha. (A small D_N is enlarged, the
+        critic's errors in it too.)"""
         if D_G is None:
             return torch.tensor(self.config.alpha, device=D_N.device)
         norm_G = mean_over_processes(mean_square(D_G).sqrt().mean())
@@ -321,8 +326,6 @@ class Distiller(nn.Module):
 
 
 # 2. Teachers -------------------------------------------------------------------------------------
-
-
 class GaussianMixture(nn.Module):
     """Equally likely Gaussians N(means[k], blur^2 I): data, its exact velocity, and its support.
     means: (K, d); blur > 0; labels: (K,) int64 below num_classes, all 0 without classes. center,
@@ -579,8 +582,6 @@ class ImageData:
 
 
 # 5. Settings -------------------------------------------------------------------------------------
-
-
 class UserError(Exception):
     """What the user can correct."""
     status = 1  # of the command line
@@ -748,7 +749,6 @@ def make_config(dataset="toy2d", recipe="", quick=False, **given):
 
 
 # 6. Training -------------------------------------------------------------------------------------
-
 # torchrun sets these. Without torchrun the environment may hold an old RANK.
 LAUNCH = os.environ if distributed.is_torchelastic_launched() else {}
 RANK = int(LAUNCH.get("RANK", 0))  # process 0 of WORLD writes the files
@@ -852,7 +852,7 @@ class TrainState:
             raise UserError(f"{path} differs between processes: give a folder that all share")
 
     def update(self, loss, config):
-        """Update weights and average by .grad, unless that or the loss is not finite."""
+        """Update the weights by .grad, then the average, unless .grad or the loss is not finite."""
         groups = self.optimizer.param_groups  # one for each network that is trained
         norms = [nn.utils.clip_grad_norm_(group["params"], CLIP) for group in groups]
         is_finite = torch.stack([loss, *norms]).isfinite().all()
@@ -906,8 +906,8 @@ def train(module, config, state=None):
             part = {name: v[rows].to(device) for name, v in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16"):
                 loss, metrics = parallel(**part)
-            # DDP averages all of .grad, with what earlier parts left there. Averaging this again
-            # does not change it: it is the same in all processes.
+            # DDP averages all of .grad. What earlier parts left there is the same in all processes
+            # already, so averaging it again does not change it.
             (loss / count).backward()
             values.append(torch.stack([loss, *metrics.values()]).detach())
         loss, *means = mean_over_processes(torch.stack(values).mean(0))
@@ -920,7 +920,6 @@ def train(module, config, state=None):
 
 
 # 7. Measures -------------------------------------------------------------------------------------
-
 PATH_STEPS = 32  # RK4 steps to the teacher's endpoints; large sets of samples take SET_STEPS
 SET_STEPS = 8
 
@@ -1146,8 +1145,6 @@ def save_pictures(metrics, sets, path, jumps, out):
 
 
 # 9. Files -----------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def explained(advice):
     """Within it any exception becomes a UserError that says what to do."""
@@ -1325,8 +1322,6 @@ def infer_settings(tensors, num_heads=0):
 
 
 # 10. Runs and the command line --------------------------------------------------------------------
-
-
 def make_parser():
     """A flag for every field of Config. The help shows the defaults of toys."""
     parser = argparse.ArgumentParser("fmd.py", "python fmd.py [flags]", __doc__, allow_abbrev=False,
@@ -1401,10 +1396,9 @@ def open_teacher(given, device):
                                  given.get("teacher_format", ""), given.get("num_heads", 0))
     if RANK == 0:
         print(f"{given['teacher']}: {file.get('format', 'fmd')}, {network.settings}")
-    # A file read in a wrong way would still get good scores: they compare the student with it. Two
-    # signs of a wrong reading: neighbouring values that differ by sqrt(2) spreads, like independent
-    # ones (data: less than 1), and a spread near 2. (Data has about 1. With the wrong sign of u a
-    # path leads from z away from x, to about 2 z - x.)
+    # A file read in a wrong way would still get good scores: they compare the student with it. It
+    # shows in samples: neighbours differ like independent values, by sqrt(2) spreads (in data by
+    # less than 1), or the spread is near 2, not 1, as of 2 z - x, where the wrong sign of u leads.
     if "format" in file and not given.get("trust_teacher"):
         y = torch.arange(16, device=device) % max(1, network.num_classes)
         x = solve_ode(network, draw_noise(network, 16, generator(0)), 8, y=y)
