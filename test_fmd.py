@@ -858,7 +858,6 @@ def test_computing_in_parts_and_conditions():
 
 
 # --- What a user meets: the command line, files, processes, pictures ------------------------------
-
 TINY = ["--teacher-steps", "8", "--steps", "8", "--batch-size", "16", "--hidden-size", "16"]
 TINY += ["--depth", "1", "--eval-samples", "64", "--device", "cpu"]
 
@@ -1816,7 +1815,6 @@ def test_latents_of_any_shape_are_shown(shape, caplog, tmp_path):
 
 
 # --- README and notebook -------------------------------------------------------------------------
-
 def test_the_readme_names_what_exists():
     text = (HERE / "README.md").read_text()
     parser = fmd.make_parser()
