@@ -294,8 +294,8 @@ class Distiller(nn.Module):
         the correction has the size alpha m, and the decayed prediction m / (m^2 + eps)^k. Their
         ratio is alpha (m^2 + eps)^k: for k > 0 the correction fades as m falls, to alpha eps^k. It
         should fade, as D_N need not be zero in the end. So lambda has D_G before its decay (our
-        choice): with the decayed D_G the ratio would always be alpha. (A small D_N is enlarged, the
-        critic's errors in it too.)"""
+        choice): with the decayed D_G the ratio would always be alpha. (But errors of the critic
+        raise D_G, and so lambda. With a large alpha this undoes the prediction: notebook, 7.)"""
         if D_G is None:
             return torch.tensor(self.config.alpha, device=D_N.device)
         norm_G = mean_over_processes(mean_square(D_G).sqrt().mean())
