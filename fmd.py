@@ -223,7 +223,7 @@ def decay(D, k):
     Why decay: without the correction the paper's FID (DiT-B/2) is about 12 for each k. With the
     correction it is 43.5 for k = 0, 10.6 for 1/2 and 5.6 for 1, so at k = 0 the correction harms.
     Our explanation, from toys: there it has the most weight beside the prediction (see balance),
-    with its critic's errors. With v_N from fresh samples instead, k = 0 does no harm (notebook, 7).
+    with its critic's errors. With v_N from fresh samples instead, k = 0 lowers SW2 (notebook, 7).
     """
     return D / expand((mean_square(D) + EPS) ** k)
 
@@ -496,7 +496,7 @@ class DiT(nn.Module):
         network = copy.deepcopy(teacher).requires_grad_()
         if is_guided and network.guidance_embedder is None:
             network.settings["is_guided"] = True
-            network.guidance_embedder = copy.deepcopy(network.t_embedder)  # no random numbers
+            network.guidance_embedder = copy.deepcopy(network.t_embedder)  # not drawn anew
             for parameter in network.guidance_embedder.mlp[2].parameters():
                 nn.init.zeros_(parameter)
         return network

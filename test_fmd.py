@@ -201,7 +201,8 @@ def test_guidance_is_linear_inside_its_interval():
 
 def test_map_and_decay_by_hand():
     x, delta, student = noise(2, 2, 1, 1), times(2), fmd.FlowMap(small())
-    assert fmd.solve_ode(student.network, x, 2).dtype == fmd.student_path(student, x, 2).dtype
+    for path in fmd.solve_ode(student.network, x, 2), fmd.student_path(student, x, 2):
+        assert path.dtype == torch.float64
     assert torch.equal(student.f(x, 0 * delta), x)
     assert_close(student.f(x, delta), x + column(delta) * student.network(x, 1 - delta))
     D = images([1.0, 2.0, -2.0, 4.0], [0.0, 0.0, 0.1, 0.1])  # mean squares 6.25 and 0.005
@@ -1609,8 +1610,8 @@ def effective_strength(x, ends):
 
 def judge_digits(folder, teacher_path, *student_paths):
     """Print the scores of 1000 samples: a teacher at several strengths, students at 1 and 2."""
-    teacher, students = fmd.load_teacher(teacher_path), map(fmd.load_student, student_paths)
-    students, judge = dict(zip(student_paths, students)), Judge(folder)
+    teacher = fmd.load_teacher(teacher_path)
+    students, judge = {path: fmd.load_student(path) for path in student_paths}, Judge(folder)
     line = "{}, strength {:g}: distance {:.3f}, label {:.3f}"
     print(line.format("other digits", 1, *judge.floor))
     z, y = fmd.draw_noise(teacher, 1000, fmd.generator(98)), torch.arange(1000) % 10
