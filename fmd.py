@@ -64,10 +64,8 @@ from tqdm import tqdm
 # 1. The method -----------------------------------------------------------------------------------
 # A teacher is any function u(x, t, y=None) that returns a velocity.
 # Why from noise alone: a guided or imperfect teacher passes through states that noised data rarely
-# reach (the teacher-data mismatch), so a student that trains on noised data, as in MeanFlow (arXiv
-# 2505.13447), learns them less well. At t = 1 the states of any teacher are known: noise, N(0, I).
-# All jumps here start there: [7] relates a jump to slightly longer ones from the same noise.
-# (MeanFlow relates it to jumps that start later on the path, at t < 1, and needs the states there.)
+# reach, so a student that trains on noised data (MeanFlow, arXiv 2505.13447) learns them less well.
+# At t = 1 the states of any teacher are known: noise, N(0, I). All jumps here start there.
 
 
 def expand(v):
@@ -89,8 +87,7 @@ class FlowMap:
 
     def F(self, z, delta, y=None, guidance=None):
         """F(z, delta), (B, C, H, W). delta: (B,) or (1,) in [0, 1]. The network's input is always
-        the noise z (the state at delta is what f predicts). Its time, 1 - delta, tells where the
-        jump ends."""
+        the noise z. Its time, 1 - delta, is where the jump ends."""
         return self.network(z, 1 - delta, y, guidance)
 
     def f(self, z, delta, y=None, guidance=None):
@@ -158,14 +155,12 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     form: how dF/ddelta is computed, "jvp" (forward mode, exact) or "difference" (of F at delta +
     spacing and delta - spacing, one-sided at the ends). Raises ValueError for another form.
 
-    Why a small D_G can leave a large error: u is evaluated at f, not at phi. So the error e = f -
-    phi has de/ddelta = D_G + (u(f) - u(phi)). D_G adds new error. The bracket changes the error
-    that is already there, at the rate L = <e, u(f) - u(phi)> / ||e||^2. Between modes, where paths
-    part, L > 0 and e grows. Inside of a mode mostly L < 0 and e shrinks. By Gronwall's inequality
-        d||e||/ddelta <= ||D_G|| + L ||e|| with e = 0 at delta = 0, so
-        ||e|| at delta = 1 <= integral over delta of ||D_G|| exp(integral of L from delta to 1)."""
-    # Why a partial derivative: the jump starts at the fixed noise z, and only its end moves with
-    # delta. (In MeanFlow the start moves, so its derivative also has a term (dF/dx_t) dx_t/dt.)
+    Why a small D_G can leave a large error e = f - phi: de/ddelta = D_G + (u(f) - u(phi)). The
+    bracket enlarges e at the rate L: between modes, where paths part, L > 0, and errors compound;
+    inside of a mode mostly L < 0. So ||e|| at delta = 1 is at most (Gronwall's inequality)
+        the integral over delta of ||D_G|| exp(integral of L from delta to 1)."""
+    # Why a partial derivative: z is fixed, and only the end of the jump moves with delta. (In
+    # MeanFlow the start moves, so its derivative also has a term (dF/dx_t) dx_t/dt.)
     if form == "jvp":
         delta = delta.contiguous()  # jvp refuses an expanded tensor
         # Fused attention has no forward-mode derivative.
@@ -182,12 +177,9 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     # Why u at f: a solution of the ODE has df/ddelta = u(f, 1 - delta) [7], and the student's own f
     # costs neither data nor a solver.
     # Why sg: the target of [8], F - D_G = u(f) - delta dF/ddelta, depends on the weights too. A
-    # gradient through u(f) could move f to where u happens to be near v_G. One through dF/ddelta
-    # would be a costly second derivative.
-    # Why it converges, though no loss is minimized: let F be free at each z and delta, k = 0, and s
-    # the time of training. [9] is dF/ds = -D_G, so df/ds = delta (u(f, 1 - delta) - df/ddelta). Its
-    # solution: f(z, delta) at s is where the teacher's ODE leads from delta e^-s to delta, if it
-    # starts in the untrained f. So short jumps are right first. (k > 0 changes the speed only.)
+    # gradient through it could move f to where u happens to be near v_G, and would need second
+    # derivatives. Without one no loss is minimized. It still converges: f(z, 0) = z is right for
+    # any weights, and training carries this to longer and longer jumps (notebook, section 3).
     f = z + expand(delta) * F
     return F + expand(delta) * dF - u(f, 1 - delta, y)  # [7] as a residual: D_G of [9]
 
@@ -197,17 +189,14 @@ def correction_gradient(v_N, u, x_r, r, y=None):
     """Correct: D_N = v_N - u(x_r, r) of [11], (B, C, H, W). D_G checks one point of a path. D_N
     compares the student's samples, as a set, with the teacher's.
 
-    Why the loss F(z, 1) . D_N lowers the KLs of [10], with s and s_u the scores (gradients of
-    log p) of the student's x_r and of the teacher's:
-    1. The KL's gradient is E[(dx_r/dtheta)^T (s - s_u)], with dx_r/dtheta = (1 - r) dF/dtheta.
-       (The student's log p depends on theta too, but E[dlog p/dtheta] = 0.)
-    2. Tweedie's formula: s = -E[n | x_r] / r. As n = x_r - (1 - r) (x - n), an exact critic gives
-       s = -(x_r - (1 - r) v_N) / r and s_u = -(x_r - (1 - r) u) / r. So s - s_u = (1 - r) / r D_N.
-    So the gradient of the KL at r is (1 - r)^2 / r times E[(dF/dtheta)^T D_N]. [11] leaves out this
-    factor: it is the gradient of the KLs with weights p(r) r / (1 - r)^2 > 0, p the density of r.
+    Why the loss F(z, 1) . D_N lowers the KLs of [10]: the gradient of the KL at r is
+    E[(dx_r/dtheta)^T (s - s_u)], with s and s_u the scores (gradients of log p) of the student's
+    x_r and of the teacher's. Tweedie's formula makes velocities of scores, s = ((1 - r) v_N - x_r)
+    / r, so s - s_u = (1 - r) / r D_N. And dx_r/dtheta = (1 - r) dF/dtheta. [11] leaves out the
+    factors of r, which only changes the weights of the KLs (notebook, section 6).
 
-    Why D_N need not be zero for a perfect student: step 2 for s_u needs u = E[x - n | x_r] over the
-    samples x of u's own ODE. A learned u is only near this mean, a guided u is another function."""
+    Why D_N need not be zero for a perfect student: s_u needs u = E[x - n | x_r] over the samples x
+    of u's own ODE. A learned u is only near this mean, a guided u is another function."""
     return v_N - u(x_r, r, y)  # D_N of [11]
 
 
@@ -217,30 +206,24 @@ EPS = 1e-3  # of decay and lambda; the paper's value is not known to us
 def decay(D, k):
     """D / (||D||^2 / d + eps)^k of each sample.
 
-    What k does: a residual of size m, m^2 = ||D||^2 / d, gets the size m^(1 - 2k), if m^2 is well
-    above eps. At k = 0 large ones dominate the gradient, at 1/2 all count equally, at 1 large ones
-    count less than small ones. (For m well below sqrt(eps) = 0.03 all are multiplied by eps^-k.)
-    Why decay: without the correction the paper's FID (DiT-B/2) is about 12 for each k. With the
-    correction it is 43.5 for k = 0, 10.6 for 1/2 and 5.6 for 1, so at k = 0 the correction harms.
-    Our explanation, from toys: there it has the most weight beside the prediction (see balance),
-    with its critic's errors. With v_N from fresh samples instead, k = 0 lowers SW2 (notebook, 7).
-    """
+    What k does: a residual of size m, m^2 = ||D||^2 / d well above eps, gets the size m^(1 - 2k).
+    At k = 0 large ones dominate the gradient, at 1/2 all count equally, at 1 large ones count less.
+    Why: without the correction the paper's FID (DiT-B/2) is about 12 for each k. With it, it is
+    43.5 for k = 0, 10.6 for 1/2, 5.6 for 1. Our explanation, from toys: at k = 0 the correction has
+    the most weight (see balance), and with it the errors of its critic (notebook, section 7)."""
     return D / expand((mean_square(D) + EPS) ** k)
 
 
 class Distiller(nn.Module):
     """The paper's loss. draw draws the batch of a step, forward is its loss. (Section 6 trains it.)
 
-    network: a velocity network, read as the student's F. critic: another, which learns v_N. It also
-    starts as a copy of the teacher: without guidance, v_N will be roughly u once the student has
-    learned. (So without guidance D_N is 0 at first, although the student is wrong.) teacher:
-    u(x, t, y), its weights stay the same. config: a Config (section 5), with prediction jvp or
-    difference.
+    teacher: u(x, t, y), its weights stay the same. network: a copy of it, read as the student's F.
+    critic: another copy, which learns v_N: without guidance, v_N will be roughly u once the student
+    has learned. config: a Config (section 5), with prediction jvp or difference.
 
-    Why the correction has its own guidance interval: if u is guided, D_N is not zero even for a
-    perfect student (see correction_gradient). On digits (README) a guided u pulls to stronger
-    guidance, an unguided u to weaker, and a mix balances both (observed, not derived). The paper's
-    correction guides u for r up to 0.7, about half of all r: FID 5.6 (DiT-B/2), for all r 8.7."""
+    Why the correction has its own guidance interval: a guided u pulls even a perfect student away
+    (see correction_gradient), on digits (README) to stronger guidance, and an unguided u to weaker.
+    The paper's correction guides u for r up to 0.7: FID 5.6 (DiT-B/2), for all r 8.7."""
 
     def __init__(self, network, critic, teacher, config):
         super().__init__()
@@ -256,27 +239,23 @@ class Distiller(nn.Module):
             F = student.F(z_G, delta, y_G, guidance_G)  # with a graph, for the loss
             D_G = self.residual(student, u, F, z_G, delta, y_G, guidance_G, h)  # of [9]
             metrics["prediction"] = mean_square(D_G).mean()
-            # Why F * sg(D): at k = 0 its gradient is that of [8], so [9], up to 1/d. Its value, of
-            # any sign, means nothing: watch the endpoint error.
+            # Why F * sg(D): at k = 0 its gradient is [9], up to 1/d. Its value means nothing.
             loss = (F * decay(D_G, config.decay)).mean()
         if len(z_N):  # Correct, at delta = 1: the paper found no gain at other delta
             u = guided(self.teacher, guidance_N, config.correction_interval)
             F = student.F(z_N, torch.ones_like(r), y_N, guidance_N)
             x = (z_N + F).detach()  # f(z, 1), one-step samples
-            # Why r includes much noise (median sigmoid(0.8) = 0.69): with little of it the x_r of
-            # student and teacher hardly overlap, and D_N cannot see modes that the student lacks.
-            # (The paper's FID: 92 if no r is above 0.6, 6.0 for uniform r, 5.6 for these.)
+            # Why r includes much noise (median 0.69): with little of it the x_r of student and
+            # teacher hardly overlap, and D_N cannot see modes that the student lacks. (The paper's
+            # FID: 92 if no r is above 0.6, 6.0 for uniform r, 5.6 for these.)
             x_r = interpolate(x, n, r)
             # Why a critic: v_N, of the student's own samples, has no closed form and changes at
-            # every step. Flow matching learns it, for each label and strength, as the samples
-            # depend on them. x is detached, so critic_loss trains the critic only. (Its error
-            # shows neither in this loss nor in D_N: the notebook, section 7, measures it.)
+            # every step. Flow matching learns it. As x is detached, this trains only the critic.
             v_N = self.critic(x_r, r, y_N, guidance_N)
             critic_loss = (v_N - (x - n)).square().mean()
             D_N = correction_gradient(v_N, u, x_r, r, y_N)
             lambda_ = self.balance(D_G, D_N)
-            # D_N is not decayed: with factors that differ between the x_r of one r it would be no
-            # gradient of a KL. (lambda is one factor for all.)
+            # D_N is not decayed: with a factor for each sample it would be no gradient of a KL.
             loss = loss + lambda_ * (F * D_N).mean() + critic_loss  # the gradient of F * D_N: [11]
             metrics |= {"correction": mean_square(D_N).mean(), "critic": critic_loss,
                         "lambda": lambda_}
@@ -290,12 +269,11 @@ class Distiller(nn.Module):
         """lambda = alpha E|D_G| / (E|D_N| + eps), |D| = ||D|| / sqrt(d), the weight of the
         correction; alpha if there is no D_G.
 
-        Why lambda: the sizes of D_G and D_N change in training. If all |D_G| are m (soon below 1),
-        the correction has the size alpha m, and the decayed prediction m / (m^2 + eps)^k. Their
-        ratio is alpha (m^2 + eps)^k: for k > 0 the correction fades as m falls, to alpha eps^k. It
-        should fade, as D_N need not be zero in the end. So lambda has D_G before its decay (our
-        choice): with the decayed D_G the ratio would always be alpha. (But errors of the critic
-        raise D_G, and so lambda. With a large alpha this undoes the prediction: notebook, 7.)"""
+        Why lambda: the sizes of D_G and D_N change in training. If all |D_G| are m, the correction
+        has the size alpha m, and the decayed prediction m / (m^2 + eps)^k. Their ratio is alpha
+        (m^2 + eps)^k: for k > 0 the correction fades as m falls. It should, as D_N need not be zero
+        in the end. So lambda has D_G before its decay (our choice). With it after, the ratio is
+        always alpha."""
         if D_G is None:
             return torch.tensor(self.config.alpha, device=D_N.device)
         norm_G = mean_over_processes(mean_square(D_G).sqrt().mean())
@@ -317,8 +295,8 @@ class Distiller(nn.Module):
             if config.is_guided:
                 strength = torch.rand(count, generator=g)
                 batch[f"guidance_{side}"] = 1 + (config.guidance_max - 1) * strength
-        # Why all delta: D_G = 0 at delta = 1 alone relates f and its slope there. At all delta it
-        # makes f the path, and so fixes f(z, 1). Stratified: one row in each of rows_G equal parts.
+        # Why all delta: D_G at delta = 1 alone relates f to its slope there. Only at all delta does
+        # it make f the path. Stratified: one row in each of rows_G equal parts.
         batch["delta"] = 1 - (torch.arange(rows_G) + torch.rand(rows_G, generator=g)) / rows_G
         batch["r"] = torch.sigmoid(config.r_location + torch.randn(rows_N, generator=g))
         batch["n"] = torch.randn(rows_N, *shape, generator=g)
@@ -766,9 +744,8 @@ TEACHER, STUDENT, WEIGHTS, EVALUATION, SAMPLING = range(5)  # streams of random 
 
 
 def generator(*key):
-    """A random generator that depends only on the integers in `key`: seed, stream, step. So an
-    interrupted run continues with the same numbers. All processes draw the same batch, and each
-    takes its own rows. So the number of processes changes results by rounding only."""
+    """A random generator that depends only on the integers in `key`: seed, stream, step. So a run
+    that continues has the same numbers. All processes draw one batch, and each takes its rows."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
@@ -790,13 +767,10 @@ class SolverDistiller(Distiller):
         start = f(z, delta - h)    a jump; with ema_target by the averaged weights
         end                        where the teacher's ODE leads from start, by the solver
     (f(z, delta) - end) / delta takes the place of D_G in the loss, in lambda and in the log. So
-    f(z, delta) moves to `end`. For small h (without ema_target) start is f - h v_G and end is
-    start + h u, so this is (h / delta) D_G.
-    Why it needs fewer steps: a row has 4 solver_steps evaluations of the teacher, with a long h.
-    Only the jump to start has the student's errors, the rest is the teacher's. (With as many
-    evaluations in all, jvp is nearly as good.)
-    Why delta = 1 in half of the rows (recipe fast): there f(z, 1), the sample, moves to `end`
-    itself. D_G would fix only a slope."""
+    f(z, delta) moves to `end`. (For small h, without ema_target, this is (h / delta) D_G.)
+    Why it needs fewer steps: a row has 4 solver_steps evaluations of the teacher, over a long h,
+    and only the jump to start has the student's errors. Why half of the rows have delta = 1 (recipe
+    fast): there the sample f(z, 1) itself moves to `end`. D_G would fix only a slope."""
 
     ema_student = None  # set by train for ema_target: a FlowMap of averaged weights
 
@@ -862,8 +836,7 @@ class TrainState:
             for group, peak in zip(groups, (config.learning_rate, config.critic_learning_rate)):
                 group["lr"] = peak * rise * (1 - self.step / config.steps)
             self.optimizer.step()
-            # The first weights are far off: until step 9 / (1 - ema_decay) the average is over
-            # about the last tenth of the steps so far.
+            # At first the average is over about the last tenth of the steps so far.
             kept = min(config.ema_decay, (1 + self.step) / (10 + self.step))
             get_ema_multi_avg_fn(kept)([*self.ema.parameters()], groups[0]["params"], None)
         self.optimizer.zero_grad()
@@ -906,8 +879,7 @@ def train(module, config, state=None):
             part = {name: v[rows].to(device) for name, v in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16"):
                 loss, metrics = parallel(**part)
-            # DDP averages all of .grad. What earlier parts left there is the same in all processes
-            # already, so averaging it again does not change it.
+            # DDP averages all of .grad. What earlier parts left there is already the same in all.
             (loss / count).backward()
             values.append(torch.stack([loss, *metrics.values()]).detach())
         loss, *means = mean_over_processes(torch.stack(values).mean(0))
@@ -960,8 +932,7 @@ def student_path(student, z, points, y=None, guidance=None):
 def search_noise(student, reward, N, y=None, guidance=None, generator=None, keep=1):
     """Draw N noises, return those `keep` whose samples have the largest rewards, best first.
     reward: (N, C, H, W) -> (N,). y, guidance: (1,) or None. The paper's inference-time scaling: a
-    noise costs one evaluation. If the endpoint error is small, the teacher's samples from the best
-    noises are nearly the same."""
+    noise costs one evaluation, and the teacher's samples from the best ones are nearly the same."""
     z = draw_noise(student.network, N, generator)
     rewards = reward(jump(student, z, y, guidance)).view(N)
     return z[rewards.topk(keep).indices]
@@ -1247,7 +1218,6 @@ def load_student(path, device="cpu"):
 
 # Public teachers. SiT (arXiv 2401.08740) and REPA (arXiv 2410.06940) are DiTs with the same names.
 # What differs is folded into their weights: u(x, t) = SiT(x, 1 - t) and u(x, t) = -REPA(x, t).
-# Tensors may fit both, so the user tells which of the two a file is. open_teacher checks samples.
 FIRST = "x_embedder.proj.weight"  # a tensor that every DiT has
 
 
@@ -1342,8 +1312,7 @@ def make_parser():
 UNNAMED = {"stage", "out", "debug", "teacher_format", "trust_teacher", "guidance", "device",
            "compile", "micro_batches", "activation_checkpointing", "eval_samples", "samples",
            "sample_seed", "classes"}
-# With --out learning rates may change too, to go on after steps that are not finite. (steps may
-# not, as learning rates fall over all of them: start a new run from --teacher and --student.)
+# With --out learning rates may change too, to go on after steps that are not finite.
 MAY_CHANGE = UNNAMED | {"learning_rate", "teacher_learning_rate", "critic_learning_rate"}
 
 
@@ -1396,9 +1365,9 @@ def open_teacher(given, device):
                                  given.get("teacher_format", ""), given.get("num_heads", 0))
     if RANK == 0:
         print(f"{given['teacher']}: {file.get('format', 'fmd')}, {network.settings}")
-    # A file read in a wrong way would still get good scores: they compare the student with it. It
-    # shows in samples: neighbours differ like independent values, by sqrt(2) spreads (in data by
-    # less than 1), or the spread is near 2, not 1, as of 2 z - x, where the wrong sign of u leads.
+    # A file read in a wrong way still gets good scores: they compare the student with it. It shows
+    # in samples: neighbours differ by sqrt(2) spreads, as independent values do (in data by less
+    # than 1), or the spread is near 2, not 1, as of 2 z - x, where the wrong sign of u leads.
     if "format" in file and not given.get("trust_teacher"):
         y = torch.arange(16, device=device) % max(1, network.num_classes)
         x = solve_ode(network, draw_noise(network, 16, generator(0)), 8, y=y)
