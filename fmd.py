@@ -64,8 +64,8 @@ from tqdm import tqdm
 # 1. The method -----------------------------------------------------------------------------------
 # A teacher is any function u(x, t, y=None) that returns a velocity.
 # Why from noise alone: a guided or imperfect teacher passes through states that noised data rarely
-# reach, so a student that trains on noised data (MeanFlow, arXiv 2505.13447) learns them less well.
-# At t = 1 the states of any teacher are known: noise, N(0, I). All jumps here start there.
+# reach (the teacher-data mismatch). A student that trains on noised data, as MeanFlow (arXiv
+# 2505.13447), learns them less well. At t = 1 the states of any teacher are known: noise, N(0, I).
 
 
 def expand(v):
@@ -156,9 +156,9 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     spacing and delta - spacing, one-sided at the ends). Raises ValueError for another form.
 
     Why a small D_G can leave a large error e = f - phi: de/ddelta = D_G + (u(f) - u(phi)). The
-    bracket enlarges e at the rate L: between modes, where paths part, L > 0, and errors compound;
-    inside of a mode mostly L < 0. So ||e|| at delta = 1 is at most (Gronwall's inequality)
-        the integral over delta of ||D_G|| exp(integral of L from delta to 1)."""
+    bracket changes e at the rate L = <e, bracket> / ||e||^2. Between modes, where paths part, L > 0
+    and errors compound. Inside of a mode mostly L < 0. By Gronwall's inequality ||e|| at delta = 1
+    is at most the integral over delta of ||D_G|| exp(integral of L from delta to 1)."""
     # Why a partial derivative: z is fixed, and only the end of the jump moves with delta. (In
     # MeanFlow the start moves, so its derivative also has a term (dF/dx_t) dx_t/dt.)
     if form == "jvp":
@@ -209,8 +209,8 @@ def decay(D, k):
     What k does: a residual of size m, m^2 = ||D||^2 / d well above eps, gets the size m^(1 - 2k).
     At k = 0 large ones dominate the gradient, at 1/2 all count equally, at 1 large ones count less.
     Why: without the correction the paper's FID (DiT-B/2) is about 12 for each k. With it, it is
-    43.5 for k = 0, 10.6 for 1/2, 5.6 for 1. Our explanation, from toys: at k = 0 the correction has
-    the most weight (see balance), and with it the errors of its critic (notebook, section 7)."""
+    43.5 for k = 0, 10.6 for 1/2, 5.6 for 1. Our explanation, from toys: once residuals are small,
+    the correction weighs most at k = 0 (see balance), with its critic's errors (notebook, 7)."""
     return D / expand((mean_square(D) + EPS) ** k)
 
 
@@ -218,12 +218,13 @@ class Distiller(nn.Module):
     """The paper's loss. draw draws the batch of a step, forward is its loss. (Section 6 trains it.)
 
     teacher: u(x, t, y), its weights stay the same. network: a copy of it, read as the student's F.
-    critic: another copy, which learns v_N: without guidance, v_N will be roughly u once the student
-    has learned. config: a Config (section 5), with prediction jvp or difference.
+    critic: another copy, which learns v_N. It starts near its goal, as v_N will be roughly u once
+    the student has learned (without guidance). config: a Config, with prediction jvp or difference.
 
-    Why the correction has its own guidance interval: a guided u pulls even a perfect student away
-    (see correction_gradient), on digits (README) to stronger guidance, and an unguided u to weaker.
-    The paper's correction guides u for r up to 0.7: FID 5.6 (DiT-B/2), for all r 8.7."""
+    Why the correction has its own guidance interval: it pulls even a perfect student away (see
+    correction_gradient). On digits (README) a guided u pulls to stronger guidance, an unguided u to
+    weaker, and guiding u for a part of all r balances the two. The paper guides for r up to 0.7:
+    FID 5.6 (DiT-B/2), for all r 8.7."""
 
     def __init__(self, network, critic, teacher, config):
         super().__init__()
@@ -592,7 +593,7 @@ class Config:
     quick: bool = option(False, "a size for two cores and minutes; ignored for imagenet")
     stage: str = option("all", "what to do", choices=["all", "teacher", "sample"])
     out: str = option("", "folder of the run; default: under runs/, named after the flags")
-    seed: int = option(0, "of everything random", 0, 2**62)
+    seed: int = option(0, "of all random numbers", 0, 2**62)
     debug: bool = option(False, "show where an error comes from")
     # data and teacher
     toy: str = option("checkerboard", f"{', '.join(TOYS)}, or POINTS.npy with N x 2 numbers")
@@ -705,7 +706,7 @@ PRESETS = {
                  "teacher_learning_rate": 1e-4, "guidance_max": 3.0, "guidance": 1.4,
                  "ema_decay": 0.9999, "activation_checkpointing": True},
 }
-# Of the recipe "paper" the paper gives prediction, decay, alpha (0.3 to 3), correction_share,
+# Of the recipe "paper" the paper gives prediction, decay, alpha (0.3 to 3 work), correction_share,
 # r_location, and in PICTURES correction_interval. The rest is ours.
 RECIPES = {"paper": {},  # the defaults of Config
            "fast": {"prediction": "solver", "decay": 0.5, "delta_scale": 2.0, "ema_target": True,
@@ -768,9 +769,10 @@ class SolverDistiller(Distiller):
         end                        where the teacher's ODE leads from start, by the solver
     (f(z, delta) - end) / delta takes the place of D_G in the loss, in lambda and in the log. So
     f(z, delta) moves to `end`. (For small h, without ema_target, this is (h / delta) D_G.)
-    Why it needs fewer steps: a row has 4 solver_steps evaluations of the teacher, over a long h,
-    and only the jump to start has the student's errors. Why half of the rows have delta = 1 (recipe
-    fast): there the sample f(z, 1) itself moves to `end`. D_G would fix only a slope."""
+    Why it needs fewer steps: where start is right, `end` is right too, so a step carries this on by
+    a long h. (It takes 4 solver_steps evaluations of the teacher. With as many in all, jvp is
+    nearly as good.) Why half of the rows have delta = 1 (recipe fast): there the sample f(z, 1)
+    itself moves to `end`."""
 
     ema_student = None  # set by train for ema_target: a FlowMap of averaged weights
 
@@ -820,7 +822,7 @@ class TrainState:
                 for name, part in self.parts.items():
                     part.load_state_dict(saved[name])
                 self.step, self.log = saved["step"], saved["log"]
-        # Process 0 alone writes: in a folder of its own another one would start again.
+        # Process 0 alone writes. One that cannot see its folder would start again.
         mean = mean_over_processes(torch.tensor(self.step, dtype=torch.float64))
         if path and abs(mean - self.step) > 1e-6:
             raise UserError(f"{path} differs between processes: give a folder that all share")
@@ -879,7 +881,8 @@ def train(module, config, state=None):
             part = {name: v[rows].to(device) for name, v in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16"):
                 loss, metrics = parallel(**part)
-            # DDP averages all of .grad. What earlier parts left there is already the same in all.
+            # DDP averages all of .grad. What earlier parts left there is the same in all processes,
+            # so averaging it again changes nothing.
             (loss / count).backward()
             values.append(torch.stack([loss, *metrics.values()]).detach())
         loss, *means = mean_over_processes(torch.stack(values).mean(0))
@@ -1365,9 +1368,9 @@ def open_teacher(given, device):
                                  given.get("teacher_format", ""), given.get("num_heads", 0))
     if RANK == 0:
         print(f"{given['teacher']}: {file.get('format', 'fmd')}, {network.settings}")
-    # A file read in a wrong way still gets good scores: they compare the student with it. It shows
-    # in samples: neighbours differ by sqrt(2) spreads, as independent values do (in data by less
-    # than 1), or the spread is near 2, not 1, as of 2 z - x, where the wrong sign of u leads.
+    # A file read in a wrong way still gets good scores: they compare the student with it. Its
+    # samples show it. They look like noise, so neighbours differ by sqrt(2) spreads (in data by
+    # less than 1). Or the sign of u is wrong, and samples near 2 z - x have a spread near 2.
     if "format" in file and not given.get("trust_teacher"):
         y = torch.arange(16, device=device) % max(1, network.num_classes)
         x = solve_ode(network, draw_noise(network, 16, generator(0)), 8, y=y)

@@ -947,7 +947,6 @@ def test_the_folder_is_the_run(finished, tmp_path, monkeypatch, capsys):
     assert {p.name for p in Path("runs").iterdir()} == names  # a name is that of the flags
     run("--stage", "sample", *TINY, "--seed", "3", "--samples", 3)
     assert Path("runs", name.format("seed=3_", 8), "samples.npz").exists()
-    assert fmd.name_folder({}) == Path("runs/toy2d")
     given = {"teacher": "a b/ü.pt", "learning_rate": 1e-5, "guidance_interval": [0.0, 0.5]}
     unnamed = ("stage debug teacher_format trust_teacher guidance device compile samples classes "
                "sample_seed micro_batches activation_checkpointing eval_samples")
@@ -965,17 +964,11 @@ def test_the_folder_is_the_run(finished, tmp_path, monkeypatch, capsys):
     assert "not this teacher's points" in run(*of_others, *few, status=2, capsys=capsys)
     Path("own/config.json").write_text("{")
     assert "JSONDecodeError" in run("--out", "own", *TINY, status=1, capsys=capsys)
-    Path("bare").mkdir()
-    Path("bare/config.json").write_text('{"seed": 7}')  # of a run that left no checkpoint
     run("--out", "bare", *TINY, "--stage", "teacher")
     assert "teacher.pt is in bare" in capsys.readouterr().out
     Path("own/config.json").unlink()  # nothing tells whose the checkpoints are
     line = run("--out", "own", *TINY, "--seed", "5", status=1, capsys=capsys)
     assert "own cannot be used" in line and "config.json" in line
-    config = json.loads(Path("runs", name.format("", 9), "config.json").read_text())
-    del config["recipe"], config["sample_seed"]  # as an earlier version of fmd.py wrote it
-    Path("runs", name.format("", 9), "config.json").write_text(json.dumps(config))
-    run(*TINY, "--steps", "9")
     run("--teacher", finished / "teacher.pt", "--out", "given", *few)
     same(finished / "student.pt", "given/student.pt")
     other = ["--teacher", f"runs/{name.format('seed=3_', 8)}/teacher.pt", "--out", "given"]
@@ -1107,10 +1100,8 @@ def test_points_are_standardised_and_mapped_back(tmp_path):
     np.testing.assert_allclose((back - [1e9, 5.0]) / [1e6, 1e-3], x, atol=1e-5)
 
 
-BAD_POINTS = ["missing", "name", "npz", "shape", "constant", "nearly", "nan", "text"]
-
-
-@pytest.mark.parametrize("kind", BAD_POINTS)
+@pytest.mark.parametrize(
+    "kind", ["missing", "name", "npz", "shape", "constant", "nearly", "nan"])
 def test_points_that_cannot_be_used_are_one_line(kind, tmp_path, capsys):
     x, path = np.random.default_rng(0).normal(size=(9, 2)), tmp_path / "p.npy"
     bad = {"shape": x.T, "constant": x * [1, 0], "nan": np.where(x == x[0, 0], np.nan, x),
@@ -1120,8 +1111,6 @@ def test_points_that_cannot_be_used_are_one_line(kind, tmp_path, capsys):
     elif kind == "npz":
         np.savez(tmp_path / "p.npz", x)
         (tmp_path / "p.npz").rename(path)
-    elif kind == "text":
-        path.write_text("no array")
     elif kind == "name":
         path = "chequerboard"
     line = run("--toy", path, "--out", tmp_path / "out", *TINY, status=1, capsys=capsys)
@@ -1151,13 +1140,8 @@ def test_the_sample_stage(finished, tmp_path, monkeypatch, capsys):
                   ["--seed", "1"]):
         line = run(*flags, 7, *wrong, status=2, capsys=capsys)  # not the settings of the run
         assert wrong[0] in line and re.search(f"not '?{wrong[1]}", line) and str(finished) in line
-    assert "--seed 0, not 1" in line
     monkeypatch.chdir(tmp_path)  # without --out: the folder that the flags name
-    shutil.copytree(finished, "runs/toy2d")
-    Path("runs/toy2d/samples.npz").unlink()
-    run("--stage", "sample", "--samples", 7, "--device", "cpu")
-    assert Path("runs/toy2d/samples.npz").exists()
-    Path("runs/toy2d/samples.npz").unlink()
+    shutil.copytree(finished, "runs/toy2d", ignore=shutil.ignore_patterns("samples*"))
     file = torch.load("runs/toy2d/student.pt", weights_only=True)
     file["ema"]["final_layer.linear.weight"] += 3e38
     torch.save(file, "runs/toy2d/student.pt")
@@ -1433,7 +1417,6 @@ WRAPPERS = [lambda w: {"state_dict": {"_orig_mod." + k: v for k, v in w.items()}
             lambda w: {"model": {k: 0 * v for k, v in w.items()}, "ema_0.9999": OrderedDict(w)},
             lambda w: {"state_dict": w, "ema": {"shadow": w, "decay": 0.99}},
             lambda w: {"model": {k: 0 * v for k, v in w.items()}, "shadow": w},
-            lambda w: {"ema": {"backup": {k: 0 * v for k, v in w.items()}, "shadow": w}},
             lambda w: {"ema": {"model": {k: 0 * v for k, v in w.items()}, "ema_model": w}},
             lambda w: {"state_dict": {f"{name}.{k}": i * v for k, v in w.items()
                                       for i, name in enumerate(["model", "ema_model"])}},
