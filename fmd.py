@@ -4,8 +4,9 @@ A flow model draws a sample by solving an ODE with hundreds of network evaluatio
 distills such a teacher, without data, into a student that needs one evaluation. The paper: Tong,
 Ma, Xie and Jaakkola, "Flow Map Distillation Without Data" (FreeFlow, arXiv 2511.19428).
 
-Map: 1. The method (the paper's losses, in reading order: read this first)  2. Teachers  3. Network
-4. Data  5. Settings  6. Training. Skip at first: 7. Measures  8. Pictures  9. Files  10. Runs
+Map. Read first: 1. The method (the paper's losses)  2. Teachers. Then: 6. Training (train), and in
+5. Settings prediction, correction, RECIPES. Skip at first: 3. Network (the usual DiT)  4. Data
+7. Measures  8. Pictures  9. Files  10. Runs
 
 Notation, everywhere in this file
     t              0 is data x, 1 is noise n ~ N(0, I); x_t = (1 - t) x + t n
@@ -87,7 +88,8 @@ class FlowMap:
 
     def F(self, z, delta, y=None, guidance=None):
         """F(z, delta), (B, C, H, W). delta: (B,) or (1,) in [0, 1]. The network's input is always
-        the noise z. Its time, 1 - delta, is where the jump ends."""
+        the noise z: the state at delta is what f has to learn. Its time, 1 - delta, is where the
+        jump ends."""
         return self.network(z, 1 - delta, y, guidance)
 
     def f(self, z, delta, y=None, guidance=None):
@@ -156,9 +158,10 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     spacing and delta - spacing, one-sided at the ends). Raises ValueError for another form.
 
     Why a small D_G can leave a large error e = f - phi: de/ddelta = D_G + (u(f) - u(phi)). The
-    bracket changes e at the rate L = <e, bracket> / ||e||^2. Between modes, where paths part, L > 0
-    and errors compound. Inside of a mode mostly L < 0. By Gronwall's inequality ||e|| at delta = 1
-    is at most the integral over delta of ||D_G|| exp(integral of L from delta to 1)."""
+    bracket changes ||e|| at the relative rate L = <e, bracket> / ||e||^2. Between modes, where
+    paths part, L > 0 and errors compound. Inside of a mode mostly L < 0. By Gronwall's inequality
+    ||e|| at delta = 1 is at most
+        the integral over delta of ||D_G|| exp(integral of L from delta to 1)."""
     # Why a partial derivative: z is fixed, and only the end of the jump moves with delta. (In
     # MeanFlow the start moves, so its derivative also has a term (dF/dx_t) dx_t/dt.)
     if form == "jvp":
@@ -179,7 +182,8 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     # Why sg: the target of [8], F - D_G = u(f) - delta dF/ddelta, depends on the weights too. A
     # gradient through it could move f to where u happens to be near v_G, and would need second
     # derivatives. Without one no loss is minimized. It still converges: f(z, 0) = z is right for
-    # any weights, and training carries this to longer and longer jumps (notebook, section 3).
+    # any weights, and if f is right up to some delta, its target is right just beyond. So training
+    # gets longer and longer jumps right (notebook, section 3).
     f = z + expand(delta) * F
     return F + expand(delta) * dF - u(f, 1 - delta, y)  # [7] as a residual: D_G of [9]
 
@@ -191,8 +195,8 @@ def correction_gradient(v_N, u, x_r, r, y=None):
 
     Why the loss F(z, 1) . D_N lowers the KLs of [10]: the gradient of the KL at r is
     E[(dx_r/dtheta)^T (s - s_u)], with s and s_u the scores (gradients of log p) of the student's
-    x_r and of the teacher's. Tweedie's formula makes velocities of scores, s = ((1 - r) v_N - x_r)
-    / r, so s - s_u = (1 - r) / r D_N. And dx_r/dtheta = (1 - r) dF/dtheta. [11] leaves out the
+    x_r and of the teacher's. By Tweedie's formula s = ((1 - r) v_N - x_r) / r, and s_u is the same
+    with u, so s - s_u = (1 - r) / r D_N. And dx_r/dtheta = (1 - r) dF/dtheta. [11] leaves out the
     factors of r, which only changes the weights of the KLs (notebook, section 6).
 
     Why D_N need not be zero for a perfect student: s_u needs u = E[x - n | x_r] over the samples x
@@ -209,8 +213,8 @@ def decay(D, k):
     What k does: a residual of size m, m^2 = ||D||^2 / d well above eps, gets the size m^(1 - 2k).
     At k = 0 large ones dominate the gradient, at 1/2 all count equally, at 1 large ones count less.
     Why: without the correction the paper's FID (DiT-B/2) is about 12 for each k. With it, it is
-    43.5 for k = 0, 10.6 for 1/2, 5.6 for 1. Our explanation, from toys: once residuals are small,
-    the correction weighs most at k = 0 (see balance), with its critic's errors (notebook, 7)."""
+    43.5 for k = 0, 10.6 for 1/2, 5.6 for 1. Our explanation, from toys: for small residuals the
+    correction, with its critic's errors, has most weight at k = 0 (see balance; notebook, 7)."""
     return D / expand((mean_square(D) + EPS) ** k)
 
 
@@ -273,8 +277,8 @@ class Distiller(nn.Module):
         Why lambda: the sizes of D_G and D_N change in training. If all |D_G| are m, the correction
         has the size alpha m, and the decayed prediction m / (m^2 + eps)^k. Their ratio is alpha
         (m^2 + eps)^k: for k > 0 the correction fades as m falls. It should, as D_N need not be zero
-        in the end. So lambda has D_G before its decay (our choice). With it after, the ratio is
-        always alpha."""
+        in the end. So lambda has D_G before its decay (our choice): with the decayed D_G the
+        ratio would always be alpha."""
         if D_G is None:
             return torch.tensor(self.config.alpha, device=D_N.device)
         norm_G = mean_over_processes(mean_square(D_G).sqrt().mean())
@@ -282,7 +286,8 @@ class Distiller(nn.Module):
         return self.config.alpha * norm_G / (norm_N + EPS)
 
     def draw(self, step):
-        """The batch of a step, from the prior alone: {name: tensor, one row for each sample}."""
+        """The batch of a step, from the prior alone: {name: tensor, one row for each sample}. Each
+        row has one task: _G predicts at any delta, _N corrects at delta = 1 only."""
         config, classes, shape = self.config, self.network.num_classes, self.network.shape
         g = generator(config.seed, STUDENT, step)  # this and mean_over_processes: section 6
         rows_N = config.corrections
@@ -323,8 +328,8 @@ class GaussianMixture(nn.Module):
         """The exact u(x, t | y), (B, d, 1, 1). x_t is a mixture too, with means (1 - t) mu_k and
         variance (1 - t)^2 blur^2 + t^2. In component k, x - n and x_t are jointly Gaussian with
         means mu_k and (1 - t) mu_k, so E[x - n | x_t, k] = mu_k + slope (x_t - (1 - t) mu_k), with
-        slope = Cov(x - n, x_t) / Var(x_t). Averaging this over k puts E[mu_k | x_t] in place of
-        mu_k, as it is linear in mu_k."""
+        slope = Cov(x - n, x_t) / Var(x_t). Averaged over k with weights p(k | x_t), mu_k becomes
+        E[mu_k | x_t]."""
         x_t = x.flatten(1)
         t = t[:, None]
         variance = (1 - t) ** 2 * self.blur**2 + t**2
@@ -446,11 +451,11 @@ class DiT(nn.Module):
         # A point also enters by sines and cosines, for the sharp edges of toys.
         self.fourier_embedder = nn.Linear(6 * C, E) if input_size == 1 else None
         # Where a token lies: sines and cosines of its column in one half, of its row in the other.
-        side = torch.arange(input_size // p, dtype=torch.float64)
-        place = torch.cartesian_prod(side, side).flip(1)[:, :, None]  # (T, 2, 1): column, row
-        angle = place * 10000 ** (-4 * torch.arange(E // 4, dtype=torch.float64) / E)
-        waves = torch.cat([angle.sin(), angle.cos()], 2)  # (T, 2, E / 2)
-        self.register_buffer("pos_embed", waves.flatten(1)[None].float())  # (1, T, E)
+        frequencies = 10000 ** (-4 * torch.arange(E // 4, dtype=torch.float64) / E)
+        angle = torch.arange(input_size // p, dtype=torch.float64)[:, None] * frequencies
+        waves = torch.cat([angle.sin(), angle.cos()], 1).float()  # (tokens in a row, E / 2)
+        columns, rows = waves.repeat(len(waves), 1), waves.repeat_interleave(len(waves), 0)
+        self.register_buffer("pos_embed", torch.cat([columns, rows], 1)[None])  # (1, T, E)
         self.t_embedder = Embedder(E)
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, E)})
         self.blocks = nn.ModuleList(Block(E, num_heads, qk_norm) for _ in range(depth))
@@ -519,8 +524,9 @@ TOYS = ("checkerboard", "gaussians", "moons", "spirals", "rings")
 
 
 def make_toy(name):
-    """One of TOYS as a GaussianMixture with a spread near 1. Raises KeyError for another name."""
-    # Skip at first. means: points x + iy, of shape (labels, means of each label).
+    """One of TOYS as a GaussianMixture with a spread near 1. Raises KeyError for another name.
+    (Skip its lines at first.)"""
+    # means: points x + iy, of shape (labels, means of each label)
     circle = torch.polar(torch.ones(192), math.tau * torch.arange(192) / 192)
     cells = [x + 1j * y for x in range(-2, 2) for y in range(-2, 2) if (x - y) % 2 == 0]
     grid = [x / 6 + 1j * y / 6 for x in range(6) for y in range(6)]  # fills a cell
@@ -593,7 +599,7 @@ class Config:
     quick: bool = option(False, "a size for two cores and minutes; ignored for imagenet")
     stage: str = option("all", "what to do", choices=["all", "teacher", "sample"])
     out: str = option("", "folder of the run; default: under runs/, named after the flags")
-    seed: int = option(0, "of all random numbers", 0, 2**62)
+    seed: int = option(0, "decides all random numbers", 0, 2**62)
     debug: bool = option(False, "show where an error comes from")
     # data and teacher
     toy: str = option("checkerboard", f"{', '.join(TOYS)}, or POINTS.npy with N x 2 numbers")
@@ -601,7 +607,7 @@ class Config:
     teacher: str = option("", "distill this file of fmd, SiT or REPA; train no teacher")
     teacher_format: str = option("", "of a file of SiT or REPA", choices=["", "sit", "repa"])
     trust_teacher: bool = option(False, "distill a teacher whose samples do not look like data")
-    exact_teacher: bool = option(False, "distill a toy's exact velocity, from a trained start")
+    exact_teacher: bool = option(False, "distill a toy's exact velocity, not the teacher's")
     student: str = option("", "start from this student.pt, instead of a copy of the teacher")
     # network: teacher, student and critic
     hidden_size: int = option(48, "width", 8)
@@ -621,7 +627,7 @@ class Config:
     # prediction [7, 8, 9]
     prediction: str = option("jvp", "how to find D_G", choices=["jvp", "difference", "solver"])
     delta_scale: float = option(1.0, "form solver: delta = min(1, this x uniform)", 1)
-    solver_interval: float = option(0.6, "form solver: the longest interval h", 1e-4, 1)
+    solver_interval: float = option(0.6, "form solver: the longest h; shortest: half", 1e-4, 1)
     solver_steps: int = option(2, "form solver: RK4 steps of the teacher in an interval", 1)
     ema_target: bool = option(False, "form solver: jump with the student's averaged weights")
     decay: float = option(1.0, "k: D_G is divided by (||D_G||^2 / d + eps)^k", 0, 1)
@@ -636,7 +642,7 @@ class Config:
     guidance: float = option(1.0, "strength of samples and measures, 1 to guidance_max", 1)
     # machine
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
-    precision: str = option("float32", "of training", choices=["float32", "bfloat16"])
+    precision: str = option("float32", "number format in training", choices=["float32", "bfloat16"])
     micro_batches: int = option(1, "parts of a step, to save memory; each has its own lambda", 1)
     activation_checkpointing: bool = option(False, "recompute activations to save memory")
     compile: bool = option(False, "torch.compile the networks")
@@ -653,8 +659,8 @@ class Config:
                 raise WrongCommand(f"{flag(f.name)} {value}: give one of {choices}")
             if f.type is not str:
                 low, high = f.metadata["low"], f.metadata["high"]
-                first, last = value if f.type is tuple else (value, value)
-                if not low <= first <= last <= high:
+                ends = value if f.type is tuple else (value,)
+                if not low <= ends[0] <= ends[-1] <= high:
                     raise WrongCommand(f"{flag(f.name)} {value}: give {low} to {high}, "
                                        "of an interval the lower end first")
         if 0 < self.correction_share < 1 and self.corrections in (0, self.batch_size):
@@ -695,7 +701,7 @@ PICTURES = {"patch_size": 2, "hidden_size": 384, "depth": 12, "num_heads": 6, "e
             "guidance_max": 4.0, "guidance": 2.0, "correction_interval": (0.0, 0.7),
             "precision": "bfloat16", "eval_samples": 5000}
 PRESETS = {
-    # label_dropout: toys are trained mostly, and measured, without labels: a label makes them easy.
+    # label_dropout: toys are mostly trained, and always measured, without labels, the harder task.
     # t_location: sharp edges are learned at small t.
     "toy2d": {"label_dropout": 0.9, "t_location": -0.8, "teacher_steps": 1000, "steps": 5600,
               "teacher_learning_rate": 8e-3, "learning_rate": 0.003, "critic_learning_rate": 2e-3,
@@ -803,8 +809,7 @@ class TrainState:
     """Networks, average, optimizer, step and log. path: a checkpoint to continue, if it exists."""
 
     def __init__(self, module, config, path=None):
-        self.step, self.log = 0, []
-        self.skipped = 0  # consecutive steps, so far
+        self.step, self.skipped, self.log = 0, 0, []  # skipped: consecutive steps, so far
         self.ema = copy.deepcopy(module.network).requires_grad_(False)
         trained = {k: getattr(module, k) for k in ("network", "critic") if getattr(module, k, None)}
         # requires_grad_: load_student's network is frozen.
@@ -881,8 +886,8 @@ def train(module, config, state=None):
             part = {name: v[rows].to(device) for name, v in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16"):
                 loss, metrics = parallel(**part)
-            # DDP averages all of .grad. What earlier parts left there is the same in all processes,
-            # so averaging it again changes nothing.
+            # DDP averages all of .grad, also what earlier parts left there. As this is the same in
+            # all processes, it stays the same.
             (loss / count).backward()
             values.append(torch.stack([loss, *metrics.values()]).detach())
         loss, *means = mean_over_processes(torch.stack(values).mean(0))
@@ -903,7 +908,8 @@ def in_batches(f, z, y):
     """Samples f(z, y), a part of the rows at a time, to save memory. Returns them on the CPU.
     y: (B,) or (1,). Raises UserError if they are not finite."""
     rows = max(1, min(4000, 2**17 // z[0].numel()))
-    x = torch.cat([f(*v).cpu() for v in zip(z.split(rows), y.expand(len(z)).split(rows))])
+    parts = zip(z.split(rows), y.expand(len(z)).split(rows))
+    x = torch.cat([f(*part).cpu() for part in parts])
     if not x.isfinite().all():
         raise UserError("samples are not finite: lower the learning rate, with another --out")
     return x
@@ -1261,7 +1267,7 @@ def read_public(file, teacher_format="", num_heads=0):
         tensors["t_embedder.mlp.0.weight"] = torch.cat(
             [A * w.cos() + B * w.sin(), A * w.sin() - B * w.cos()], 1)
         _, C, p, _ = tensors[FIRST].shape
-        for name in outputs:  # a second half of the channels is not used
+        for name in outputs:  # rows: 2 C channels of each pixel, the second C are not used
             tensors[name] = tensors[name].unflatten(0, (p * p, -1))[:, :C].flatten(0, 1)
     else:
         encoder = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
@@ -1369,8 +1375,8 @@ def open_teacher(given, device):
     if RANK == 0:
         print(f"{given['teacher']}: {file.get('format', 'fmd')}, {network.settings}")
     # A file read in a wrong way still gets good scores: they compare the student with it. Its
-    # samples show it. They look like noise, so neighbours differ by sqrt(2) spreads (in data by
-    # less than 1). Or the sign of u is wrong, and samples near 2 z - x have a spread near 2.
+    # samples show it: as in noise, neighbours differ by sqrt(2) spreads (in data by less than 1).
+    # Or, with the wrong sign of u, samples are near 2 z - x, with a spread near 2.
     if "format" in file and not given.get("trust_teacher"):
         y = torch.arange(16, device=device) % max(1, network.num_classes)
         x = solve_ode(network, draw_noise(network, 16, generator(0)), 8, y=y)
@@ -1453,7 +1459,7 @@ def run_stage(kind, module, config, out, score=None):
     state = TrainState(module, config, path)
     if RANK == 0 and state.step:
         print(f"{path}: {state.step} of {config.steps} steps are done; to redo them, change --out")
-    stride = math.gcd(config.batch_size, config.corrections)  # FLOPs: counted in some rows
+    stride = math.gcd(config.batch_size, config.corrections)  # every n-th row: counts FLOPs
     rows = {k: v[::stride].to(device_of(module.network)) for k, v in module.draw(0).items()}
     with FlopCounterMode(display=False) as counter:
         module(**rows)[0].backward()
