@@ -67,6 +67,7 @@ from tqdm import tqdm
 # Why from noise alone: a guided or imperfect teacher passes through states that noised data rarely
 # reach (the teacher-data mismatch). A student that trains on noised data, as MeanFlow (arXiv
 # 2505.13447), learns them less well. At t = 1 the states of any teacher are known: noise, N(0, I).
+# From there on the student makes its states itself: u is evaluated at its own f.
 
 
 def expand(v):
@@ -157,11 +158,11 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     form: how dF/ddelta is computed, "jvp" (forward mode, exact) or "difference" (of F at delta +
     spacing and delta - spacing, one-sided at the ends). Raises ValueError for another form.
 
-    Why a small D_G can leave a large error e = f - phi: de/ddelta = D_G + (u(f) - u(phi)). The
-    bracket changes ||e|| at the relative rate L = <e, bracket> / ||e||^2. Between modes, where
-    paths part, L > 0 and errors compound. Inside of a mode mostly L < 0. By Gronwall's inequality
-    ||e|| at delta = 1 is at most
-        the integral over delta of ||D_G|| exp(integral of L from delta to 1)."""
+    Why a small D_G can leave a large error e = f - phi:
+        de/ddelta = D_G + (u(f, 1 - delta) - u(phi, 1 - delta))
+    D_G adds new error. The bracket lets the error that is there grow, at a rate L. Between modes,
+    where paths part, L > 0. Inside of a mode mostly L < 0: the error shrinks. In all (Gronwall)
+        ||e|| at delta = 1 <= integral of ||D_G|| exp(integral of L from delta to 1) over delta"""
     # Why a partial derivative: z is fixed, and only the end of the jump moves with delta. (In
     # MeanFlow the start moves, so its derivative also has a term (dF/dx_t) dx_t/dt.)
     if form == "jvp":
@@ -181,9 +182,9 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     # costs neither data nor a solver.
     # Why sg: the target of [8], F - D_G = u(f) - delta dF/ddelta, depends on the weights too. A
     # gradient through it could move f to where u happens to be near v_G, and would need second
-    # derivatives. Without one no loss is minimized. It still converges: f(z, 0) = z is right for
-    # any weights, and if f is right up to some delta, its target is right just beyond. So training
-    # gets longer and longer jumps right (notebook, section 3).
+    # derivatives. Without one no loss is minimized. Why it still converges (if F is free at each z
+    # and delta): f(z, 0) = z is right, and if f is right up to some delta, its target is right just
+    # beyond. So training gets longer and longer jumps right (notebook, section 3).
     f = z + expand(delta) * F
     return F + expand(delta) * dF - u(f, 1 - delta, y)  # [7] as a residual: D_G of [9]
 
@@ -222,8 +223,8 @@ class Distiller(nn.Module):
     """The paper's loss. draw draws the batch of a step, forward is its loss. (Section 6 trains it.)
 
     teacher: u(x, t, y), its weights stay the same. network: a copy of it, read as the student's F.
-    critic: another copy, which learns v_N. It starts near its goal, as v_N will be roughly u once
-    the student has learned (without guidance). config: a Config, with prediction jvp or difference.
+    critic: another copy, which learns v_N. It starts near its final goal: without guidance v_N will
+    be roughly u once the student has learned. config: a Config, with prediction jvp or difference.
 
     Why the correction has its own guidance interval: it pulls even a perfect student away (see
     correction_gradient). On digits (README) a guided u pulls to stronger guidance, an unguided u to
@@ -260,7 +261,7 @@ class Distiller(nn.Module):
             critic_loss = (v_N - (x - n)).square().mean()
             D_N = correction_gradient(v_N, u, x_r, r, y_N)
             lambda_ = self.balance(D_G, D_N)
-            # D_N is not decayed: with a factor for each sample it would be no gradient of a KL.
+            # D_N is not decayed: with a factor that depends on D_N it is no gradient of a KL.
             loss = loss + lambda_ * (F * D_N).mean() + critic_loss  # the gradient of F * D_N: [11]
             metrics |= {"correction": mean_square(D_N).mean(), "critic": critic_loss,
                         "lambda": lambda_}
@@ -299,10 +300,11 @@ class Distiller(nn.Module):
             batch[f"z_{side}"] = torch.randn(count, *shape, generator=g)
             batch[f"y_{side}"] = torch.where(is_null, classes, y)
             if config.is_guided:
-                strength = torch.rand(count, generator=g)
-                batch[f"guidance_{side}"] = 1 + (config.guidance_max - 1) * strength
+                part = torch.rand(count, generator=g)
+                batch[f"guidance_{side}"] = 1 + (config.guidance_max - 1) * part
         # Why all delta: D_G at delta = 1 alone relates f to its slope there. Only at all delta does
-        # it make f the path. Stratified: one row in each of rows_G equal parts.
+        # it make f the path. Stratified, one row in each of rows_G equal parts of (0, 1]: then no
+        # batch misses a part.
         batch["delta"] = 1 - (torch.arange(rows_G) + torch.rand(rows_G, generator=g)) / rows_G
         batch["r"] = torch.sigmoid(config.r_location + torch.randn(rows_N, generator=g))
         batch["n"] = torch.randn(rows_N, *shape, generator=g)
@@ -313,14 +315,14 @@ class Distiller(nn.Module):
 class GaussianMixture(nn.Module):
     """Equally likely Gaussians N(means[k], blur^2 I): data, its exact velocity, and its support.
     means: (K, d); blur > 0; labels: (K,) int64 below num_classes, all 0 without classes. center,
-    scale: numbers or lists of d. A point x is center + scale x in the user's coordinates."""
+    scale: numbers or lists of d. In the user's coordinates x is the point center + scale x."""
 
     def __init__(self, means, blur, labels, num_classes, center=0.0, scale=1.0):
         super().__init__()
         self.register_buffer("means", means)
         self.register_buffer("labels", labels)
         self.blur, self.num_classes = blur, num_classes
-        self.has_velocity = len(means) <= 2000  # for more, it and coverage need too much memory
+        self.has_velocity = len(means) <= 2000  # more need too much memory, also in coverage
         self.shape = (means.shape[1], 1, 1)
         self.coordinates = {"center": center, "scale": scale}
 
@@ -770,13 +772,13 @@ def device_of(network):
 
 
 class SolverDistiller(Distiller):
-    """The form solver, ours, of recipe fast. Skip it at first.
+    """The form solver, ours, of recipe fast.
         start = f(z, delta - h)    a jump; with ema_target by the averaged weights
         end                        where the teacher's ODE leads from start, by the solver
     (f(z, delta) - end) / delta takes the place of D_G in the loss, in lambda and in the log. So
     f(z, delta) moves to `end`. (For small h, without ema_target, this is (h / delta) D_G.)
     Why it needs fewer steps: where start is right, `end` is right too, so a step carries this on by
-    a long h. (It takes 4 solver_steps evaluations of the teacher. With as many in all, jvp is
+    a long h. (It takes 4 x solver_steps evaluations of the teacher. With as many in all, jvp is
     nearly as good.) Why half of the rows have delta = 1 (recipe fast): there the sample f(z, 1)
     itself moves to `end`."""
 
@@ -886,8 +888,8 @@ def train(module, config, state=None):
             part = {name: v[rows].to(device) for name, v in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16"):
                 loss, metrics = parallel(**part)
-            # DDP averages all of .grad, also what earlier parts left there. As this is the same in
-            # all processes, it stays the same.
+            # DDP averages all of .grad, also what earlier parts left there. But that is equal in
+            # all processes already, so averaging it again changes nothing.
             (loss / count).backward()
             values.append(torch.stack([loss, *metrics.values()]).detach())
         loss, *means = mean_over_processes(torch.stack(values).mean(0))
