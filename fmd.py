@@ -89,8 +89,8 @@ class FlowMap:
 
     def F(self, z, delta, y=None, guidance=None):
         """F(z, delta), (B, C, H, W). delta: (B,) or (1,) in [0, 1]. The network's input is always
-        the noise z: the state at delta is what f has to learn. Its time, 1 - delta, is where the
-        jump ends."""
+        the noise z: the state at delta is what f has to learn. The network's time, 1 - delta, is
+        where the jump ends."""
         return self.network(z, 1 - delta, y, guidance)
 
     def f(self, z, delta, y=None, guidance=None):
@@ -153,16 +153,17 @@ def mean_square(D):
 @torch.no_grad()  # sg: D_G is a constant. (jvp does not need a graph.)
 def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp", spacing=0.005):
     """Predict: D_G = v_G - u(f, 1 - delta), (B, C, H, W), with v_G = F + delta dF/ddelta. If it is
-    0 for all z and delta [7], f solves the teacher's ODE from z, so f = phi.
+    0 for all z and delta [7], f solves the teacher's ODE from z, so f = phi (its only solution).
 
     form: how dF/ddelta is computed, "jvp" (forward mode, exact) or "difference" (of F at delta +
     spacing and delta - spacing, one-sided at the ends). Raises ValueError for another form.
 
     Why a small D_G can leave a large error e = f - phi:
         de/ddelta = D_G + (u(f, 1 - delta) - u(phi, 1 - delta))
-    D_G adds new error. The bracket lets the error that is there grow, at a rate L. Between modes,
-    where paths part, L > 0. Inside of a mode mostly L < 0: the error shrinks. In all (Gronwall)
-        ||e|| at delta = 1 <= integral of ||D_G|| exp(integral of L from delta to 1) over delta"""
+    D_G adds new error. The bracket changes the error that is there, at the relative rate
+    L = <e, bracket> / ||e||^2. Between modes, where paths part, L > 0: it grows. Inside of a mode
+    mostly L < 0: it shrinks. Together (Gronwall's inequality)
+        ||e|| at delta = 1 <= integral over delta of ||D_G|| exp(integral of L from delta to 1)"""
     # Why a partial derivative: z is fixed, and only the end of the jump moves with delta. (In
     # MeanFlow the start moves, so its derivative also has a term (dF/dx_t) dx_t/dt.)
     if form == "jvp":
@@ -182,9 +183,11 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     # costs neither data nor a solver.
     # Why sg: the target of [8], F - D_G = u(f) - delta dF/ddelta, depends on the weights too. A
     # gradient through it could move f to where u happens to be near v_G, and would need second
-    # derivatives. Without one no loss is minimized. Why it still converges (if F is free at each z
-    # and delta): f(z, 0) = z is right, and if f is right up to some delta, its target is right just
-    # beyond. So training gets longer and longer jumps right (notebook, section 3).
+    # derivatives. So no loss is minimized.
+    # Why it still converges (F free at each z and delta, k = 0, s the time of training): [9] is
+    # df/ds = delta (u(f, 1 - delta) - df/ddelta). So along delta = delta_0 e^s f follows the
+    # teacher's ODE. Near delta_0 = 0 it starts right, as f(z, 0) = z, so short jumps are right
+    # first, then longer and longer ones (notebook, section 3).
     f = z + expand(delta) * F
     return F + expand(delta) * dF - u(f, 1 - delta, y)  # [7] as a residual: D_G of [9]
 
@@ -194,11 +197,11 @@ def correction_gradient(v_N, u, x_r, r, y=None):
     """Correct: D_N = v_N - u(x_r, r) of [11], (B, C, H, W). D_G checks one point of a path. D_N
     compares the student's samples, as a set, with the teacher's.
 
-    Why the loss F(z, 1) . D_N lowers the KLs of [10]: the gradient of the KL at r is
+    Why the loss F(z, 1) . D_N lowers a mean over r of the KLs [10]: the gradient of the KL at r is
     E[(dx_r/dtheta)^T (s - s_u)], with s and s_u the scores (gradients of log p) of the student's
     x_r and of the teacher's. By Tweedie's formula s = ((1 - r) v_N - x_r) / r, and s_u is the same
     with u, so s - s_u = (1 - r) / r D_N. And dx_r/dtheta = (1 - r) dF/dtheta. [11] leaves out the
-    factors of r, which only changes the weights of the KLs (notebook, section 6).
+    factors of r, which only changes the weights of this mean (notebook, section 6).
 
     Why D_N need not be zero for a perfect student: s_u needs u = E[x - n | x_r] over the samples x
     of u's own ODE. A learned u is only near this mean, a guided u is another function."""
@@ -213,9 +216,9 @@ def decay(D, k):
 
     What k does: a residual of size m, m^2 = ||D||^2 / d well above eps, gets the size m^(1 - 2k).
     At k = 0 large ones dominate the gradient, at 1/2 all count equally, at 1 large ones count less.
-    Why: without the correction the paper's FID (DiT-B/2) is about 12 for each k. With it, it is
-    43.5 for k = 0, 10.6 for 1/2, 5.6 for 1. Our explanation, from toys: for small residuals the
-    correction, with its critic's errors, has most weight at k = 0 (see balance; notebook, 7)."""
+    Why: for small residuals the correction, with its critic's errors, has most weight at k = 0 (see
+    balance). This is our explanation, from toys (notebook, section 7). The paper's FID (DiT-B/2)
+    is 43.5 for k = 0, 10.6 for 1/2, 5.6 for 1, and without the correction about 12 for each k."""
     return D / expand((mean_square(D) + EPS) ** k)
 
 
@@ -223,8 +226,8 @@ class Distiller(nn.Module):
     """The paper's loss. draw draws the batch of a step, forward is its loss. (Section 6 trains it.)
 
     teacher: u(x, t, y), its weights stay the same. network: a copy of it, read as the student's F.
-    critic: another copy, which learns v_N. It starts near its final goal: without guidance v_N will
-    be roughly u once the student has learned. config: a Config, with prediction jvp or difference.
+    critic: another copy, which learns v_N. So it starts near its final goal: v_N will be roughly u
+    (less so with guidance). config: a Config, with prediction jvp or difference.
 
     Why the correction has its own guidance interval: it pulls even a perfect student away (see
     correction_gradient). On digits (README) a guided u pulls to stronger guidance, an unguided u to
@@ -261,7 +264,7 @@ class Distiller(nn.Module):
             critic_loss = (v_N - (x - n)).square().mean()
             D_N = correction_gradient(v_N, u, x_r, r, y_N)
             lambda_ = self.balance(D_G, D_N)
-            # D_N is not decayed: with a factor that depends on D_N it is no gradient of a KL.
+            # D_N is not decayed: if factors differ between x_r of one r, it is no KL's gradient.
             loss = loss + lambda_ * (F * D_N).mean() + critic_loss  # the gradient of F * D_N: [11]
             metrics |= {"correction": mean_square(D_N).mean(), "critic": critic_loss,
                         "lambda": lambda_}
@@ -276,10 +279,10 @@ class Distiller(nn.Module):
         correction; alpha if there is no D_G.
 
         Why lambda: the sizes of D_G and D_N change in training. If all |D_G| are m, the correction
-        has the size alpha m, and the decayed prediction m / (m^2 + eps)^k. Their ratio is alpha
-        (m^2 + eps)^k: for k > 0 the correction fades as m falls. It should, as D_N need not be zero
-        in the end. So lambda has D_G before its decay (our choice): with the decayed D_G the
-        ratio would always be alpha."""
+        has the size alpha m, and the decayed prediction has m / (m^2 + eps)^k. Their ratio is alpha
+        (m^2 + eps)^k: for k > 0 the correction fades as m falls, to alpha eps^k. It should fade, as
+        D_N need not be zero in the end. So lambda has D_G before its decay (our choice): with the
+        decayed D_G the ratio would always be alpha."""
         if D_G is None:
             return torch.tensor(self.config.alpha, device=D_N.device)
         norm_G = mean_over_processes(mean_square(D_G).sqrt().mean())
@@ -303,8 +306,8 @@ class Distiller(nn.Module):
                 part = torch.rand(count, generator=g)
                 batch[f"guidance_{side}"] = 1 + (config.guidance_max - 1) * part
         # Why all delta: D_G at delta = 1 alone relates f to its slope there. Only at all delta does
-        # it make f the path. Stratified, one row in each of rows_G equal parts of (0, 1]: then no
-        # batch misses a part.
+        # it make f the path. Stratified, one row in each of rows_G equal parts of (0, 1], in
+        # descending order: then no batch misses a part.
         batch["delta"] = 1 - (torch.arange(rows_G) + torch.rand(rows_G, generator=g)) / rows_G
         batch["r"] = torch.sigmoid(config.r_location + torch.randn(rows_N, generator=g))
         batch["n"] = torch.randn(rows_N, *shape, generator=g)
