@@ -4,9 +4,9 @@ A flow model draws a sample by solving an ODE with hundreds of network evaluatio
 distills such a teacher, without data, into a student that needs one evaluation. The paper: Tong,
 Ma, Xie and Jaakkola, "Flow Map Distillation Without Data" (FreeFlow, arXiv 2511.19428).
 
-Map. Read first: 1. The method (the paper's losses)  2. Teachers. Then: 6. Training (train), and in
-5. Settings prediction, correction, RECIPES. Skip at first: 3. Network (the usual DiT)  4. Data
-7. Measures  8. Pictures  9. Files  10. Runs
+Map. The paper is in 1. The method. Then read FlowMatching in 2. Teachers, in 5. Settings those of
+prediction and correction and RECIPES, and train in 6. Training. What you may skip: 3. Network
+(the usual DiT)  4. Data  7. Measures  8. Pictures  9. Files  10. Runs
 
 Notation, everywhere in this file
     t              0 is data x, 1 is noise n ~ N(0, I); x_t = (1 - t) x + t n
@@ -130,7 +130,7 @@ def solve_ode(u, z, steps, method="heun", y=None, return_path=False, t=1.0, leng
 
 def guided(teacher, guidance, interval=(0.0, 1.0)):
     """Classifier-free guidance: u_gamma = gamma u(.|y) + (1 - gamma) u(.|null). The ODE uses it as
-    a velocity, although it is E[x - n | x_t] of no data. guidance: the strength gamma, (B,) or
+    a velocity, although no data has it as its E[x - n | x_t]. guidance: the strength gamma, (B,) or
     (1,), or None for the teacher itself. Outside of the interval of t the strength is 1."""
     if guidance is None:
         return teacher
@@ -153,16 +153,16 @@ def mean_square(D):
 @torch.no_grad()  # sg: D_G is a constant. (jvp does not need a graph.)
 def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp", spacing=0.005):
     """Predict: D_G = v_G - u(f, 1 - delta), (B, C, H, W), with v_G = F + delta dF/ddelta. If it is
-    0 for all z and delta [7], f solves the teacher's ODE from z, so f = phi (its only solution).
+    0 for all z and delta [7], f solves the teacher's ODE from z, whose only solution is phi.
 
     form: how dF/ddelta is computed, "jvp" (forward mode, exact) or "difference" (of F at delta +
     spacing and delta - spacing, one-sided at the ends). Raises ValueError for another form.
 
     Why a small D_G can leave a large error e = f - phi:
         de/ddelta = D_G + (u(f, 1 - delta) - u(phi, 1 - delta))
-    D_G adds new error. The bracket changes the error that is there, at the relative rate
-    L = <e, bracket> / ||e||^2. Between modes, where paths part, L > 0: it grows. Inside of a mode
-    mostly L < 0: it shrinks. Together (Gronwall's inequality)
+    D_G adds new error. The bracket changes ||e|| at the relative rate L = <e, bracket> / ||e||^2.
+    Between modes, where paths part, e grows (L > 0). Inside of a mode it mostly shrinks. Together
+    (Gronwall's inequality)
         ||e|| at delta = 1 <= integral over delta of ||D_G|| exp(integral of L from delta to 1)"""
     # Why a partial derivative: z is fixed, and only the end of the jump moves with delta. (In
     # MeanFlow the start moves, so its derivative also has a term (dF/dx_t) dx_t/dt.)
@@ -186,8 +186,8 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     # derivatives. So no loss is minimized.
     # Why it still converges (F free at each z and delta, k = 0, s the time of training): [9] is
     # df/ds = delta (u(f, 1 - delta) - df/ddelta). So along delta = delta_0 e^s f follows the
-    # teacher's ODE. Near delta_0 = 0 it starts right, as f(z, 0) = z, so short jumps are right
-    # first, then longer and longer ones (notebook, section 3).
+    # teacher's ODE. At a fixed delta, delta_0 = delta e^-s goes to 0, where f(z, 0) = z is right.
+    # So short jumps are right first. (Notebook, section 3. k > 0 only changes the speed.)
     f = z + expand(delta) * F
     return F + expand(delta) * dF - u(f, 1 - delta, y)  # [7] as a residual: D_G of [9]
 
@@ -197,11 +197,11 @@ def correction_gradient(v_N, u, x_r, r, y=None):
     """Correct: D_N = v_N - u(x_r, r) of [11], (B, C, H, W). D_G checks one point of a path. D_N
     compares the student's samples, as a set, with the teacher's.
 
-    Why the loss F(z, 1) . D_N lowers a mean over r of the KLs [10]: the gradient of the KL at r is
-    E[(dx_r/dtheta)^T (s - s_u)], with s and s_u the scores (gradients of log p) of the student's
-    x_r and of the teacher's. By Tweedie's formula s = ((1 - r) v_N - x_r) / r, and s_u is the same
-    with u, so s - s_u = (1 - r) / r D_N. And dx_r/dtheta = (1 - r) dF/dtheta. [11] leaves out the
-    factors of r, which only changes the weights of this mean (notebook, section 6).
+    Why the loss F(z, 1) . D_N lowers a mean over r of the KLs [10], if u and v_N are exact: the
+    gradient of the KL at r is E[(dx_r/dtheta)^T (s - s_u)], with s and s_u the scores (gradients of
+    log p) of the student's x_r and of the teacher's. By Tweedie's formula s = ((1 - r) v_N - x_r)
+    / r, and s_u is the same with u, so s - s_u = (1 - r) / r D_N. And dx_r/dtheta = (1 - r)
+    dF/dtheta. [11] leaves out the factors of r: they only weight the mean (notebook, section 6).
 
     Why D_N need not be zero for a perfect student: s_u needs u = E[x - n | x_r] over the samples x
     of u's own ODE. A learned u is only near this mean, a guided u is another function."""
@@ -216,9 +216,9 @@ def decay(D, k):
 
     What k does: a residual of size m, m^2 = ||D||^2 / d well above eps, gets the size m^(1 - 2k).
     At k = 0 large ones dominate the gradient, at 1/2 all count equally, at 1 large ones count less.
-    Why: for small residuals the correction, with its critic's errors, has most weight at k = 0 (see
-    balance). This is our explanation, from toys (notebook, section 7). The paper's FID (DiT-B/2)
-    is 43.5 for k = 0, 10.6 for 1/2, 5.6 for 1, and without the correction about 12 for each k."""
+    Why: the paper's FID (DiT-B/2) with the correction is 43.5 for k = 0, 10.6 for 1/2, 5.6 for 1,
+    and without it about 12 for each k. Our explanation, from toys: for small residuals the
+    correction has most weight at k = 0 (see balance), with its critic's errors (notebook, 7)."""
     return D / expand((mean_square(D) + EPS) ** k)
 
 
@@ -231,8 +231,8 @@ class Distiller(nn.Module):
 
     Why the correction has its own guidance interval: it pulls even a perfect student away (see
     correction_gradient). On digits (README) a guided u pulls to stronger guidance, an unguided u to
-    weaker, and guiding u for a part of all r balances the two. The paper guides for r up to 0.7:
-    FID 5.6 (DiT-B/2), for all r 8.7."""
+    weaker. The paper guides u for r up to 0.7 only, which balances the two: FID 5.6 (DiT-B/2), for
+    all r 8.7. (Why a guided u pulls to stronger guidance, we do not know.)"""
 
     def __init__(self, network, critic, teacher, config):
         super().__init__()
@@ -264,7 +264,7 @@ class Distiller(nn.Module):
             critic_loss = (v_N - (x - n)).square().mean()
             D_N = correction_gradient(v_N, u, x_r, r, y_N)
             lambda_ = self.balance(D_G, D_N)
-            # D_N is not decayed: if factors differ between x_r of one r, it is no KL's gradient.
+            # D_N is not decayed: with a factor of x_r, not of r alone, it is no KL's gradient.
             loss = loss + lambda_ * (F * D_N).mean() + critic_loss  # the gradient of F * D_N: [11]
             metrics |= {"correction": mean_square(D_N).mean(), "critic": critic_loss,
                         "lambda": lambda_}
@@ -306,8 +306,8 @@ class Distiller(nn.Module):
                 part = torch.rand(count, generator=g)
                 batch[f"guidance_{side}"] = 1 + (config.guidance_max - 1) * part
         # Why all delta: D_G at delta = 1 alone relates f to its slope there. Only at all delta does
-        # it make f the path. Stratified, one row in each of rows_G equal parts of (0, 1], in
-        # descending order: then no batch misses a part.
+        # it make f the path. Stratified: one row in each of rows_G equal parts of (0, 1], from 1
+        # down, so that no batch misses a part.
         batch["delta"] = 1 - (torch.arange(rows_G) + torch.rand(rows_G, generator=g)) / rows_G
         batch["r"] = torch.sigmoid(config.r_location + torch.randn(rows_N, generator=g))
         batch["n"] = torch.randn(rows_N, *shape, generator=g)
@@ -781,7 +781,7 @@ class SolverDistiller(Distiller):
     (f(z, delta) - end) / delta takes the place of D_G in the loss, in lambda and in the log. So
     f(z, delta) moves to `end`. (For small h, without ema_target, this is (h / delta) D_G.)
     Why it needs fewer steps: where start is right, `end` is right too, so a step carries this on by
-    a long h. (It takes 4 x solver_steps evaluations of the teacher. With as many in all, jvp is
+    a long h. (It takes 4 x solver_steps evaluations of the teacher. With as many of them, jvp is
     nearly as good.) Why half of the rows have delta = 1 (recipe fast): there the sample f(z, 1)
     itself moves to `end`."""
 
