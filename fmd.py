@@ -734,8 +734,10 @@ def make_config(dataset="toy2d", recipe="", quick=False, **given):
     """The settings of a data set. recipe: "paper" or "fast". given wins over all others."""
     recipe = recipe or ("fast" if dataset == "toy2d" else "paper")
     sizes = QUICK.get(dataset, {}) if quick else {}
-    settings = {**PRESETS[dataset], **RECIPES[recipe], **sizes, **given}
-    return Config(dataset=dataset, recipe=recipe, quick=quick, **settings)
+    settings = {**PRESETS[dataset], **RECIPES[recipe], **sizes}
+    if given.get("guidance_max", 1) > 1:
+        settings["label_dropout"] = 0.1  # guidance needs labels, also in toys
+    return Config(dataset=dataset, recipe=recipe, quick=quick, **{**settings, **given})
 
 
 # 6. Training -------------------------------------------------------------------------------------
@@ -855,10 +857,11 @@ class TrainState:
         self.step += 1
 
     def write(self, path, config):
-        """Process 0 writes a checkpoint, and the log beside it."""
+        """Process 0 writes a checkpoint, and the log beside it. path: a Path, which ends in
+        teacher.pt or student.pt. (Networks of your own: continue from it, or load its "ema".)"""
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         checkpoint = {"kind": path.stem, "config": vars(config), "log": self.log,
-                      "settings": self.ema.settings, "step": self.step, **parts}
+                      "settings": getattr(self.ema, "settings", {}), "step": self.step, **parts}
         if RANK == 0:
             save(path, lambda file: torch.save(checkpoint, file))
             path.with_suffix(".json").write_text(json.dumps(self.log, indent=1))
@@ -1459,7 +1462,7 @@ def run_stages(teacher, start, data, config, out):
 
 def run_stage(kind, module, config, out, score=None):
     """Train, or go on from out/<kind>.pt (on a CPU to the same bits). Returns the averaged network
-    and the log, with score(network). Ctrl-C, SIGTERM, SIGHUP: saves, then KeyboardInterrupt."""
+    and the log, with score(network). Ctrl-C and SIGTERM: saves, then KeyboardInterrupt."""
     path = out / f"{kind}.pt"
     state = TrainState(module, config, path)
     if RANK == 0 and state.step:
@@ -1531,9 +1534,7 @@ def main(argv=None):
     """The command line. Returns the exit status: 0 done, 1 failed in running, 2 wrong command."""
     given = {k: v for k, v in vars(make_parser().parse_args(argv)).items() if v != ""}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also after `&` in a script
-    for number in signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM):  # as Ctrl-C
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup: ignores SIGHUP
-            signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # as Ctrl-C
     warnings.filterwarnings("ignore", module="torch")  # torch's own, about what jvp uses
     try:
         name = given.get("device", Config.device)

@@ -612,6 +612,8 @@ def test_settings_are_those_given_then_of_quick_then_of_recipe_then_of_preset(mo
     monkeypatch.setitem(fmd.QUICK, "mnist", dict.fromkeys(names[2:], 13))
     c = fmd.make_config("mnist", quick=True, samples=14)
     assert [getattr(c, name) for name in names] == [11, 12, 13, 14]
+    for given, dropout in ({}, 0.9), ({"guidance_max": 2.0}, 0.1):
+        assert fmd.make_config(**given).label_dropout == dropout
 
 
 def test_values_out_of_range_are_refused_with_exit_status_2():
@@ -898,7 +900,7 @@ def finished(tmp_path_factory):
     return out
 
 
-def test_the_default_command_end_to_end(finished, capsys):
+def test_the_default_command_end_to_end(finished):
     names = {"teacher.pt", "student.pt", "teacher.json", "student.json", "config.json"}
     names |= {"metrics.json", "comparison.png", "paths.png", "paths.gif", "error.png", "losses.png"}
     assert {p.name for p in finished.iterdir()} - {"lock0"} == names  # some versions delete it
@@ -931,7 +933,6 @@ def test_the_default_command_end_to_end(finished, capsys):
     assert metrics["log"] == log
     assert metrics["endpoint_error"] == pytest.approx(error, rel=1e-3)
     assert all(map(torch.equal, before, tensors(finished / "student.pt")))
-    assert "endpoint error" in capsys.readouterr().out
 
 
 def test_the_folder_is_the_run(finished, tmp_path, monkeypatch, capsys):
@@ -1003,7 +1004,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(
 
     def interrupting(self, step):
         if step == 4:
-            os.kill(os.getpid(), signal.SIGHUP if moment == "Distiller" else signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM if moment == "Distiller" else signal.SIGINT)
         return draw(self, step)
 
     monkeypatch.setattr(kind, "draw", interrupting)
@@ -1680,7 +1681,6 @@ def test_two_processes_equal_one(tmp_path):
     flags = ["--stage", "sample", "--out", tmp_path / "two", "--device", "cpu", "--samples", "33"]
     assert torchrun(*flags).returncode == 0
     two = np.load(tmp_path / "two" / "samples.npz")
-    assert not [*(tmp_path / "two").glob("*part*")]
     run(*flags)
     one = np.load(tmp_path / "two" / "samples.npz")
     np.testing.assert_allclose(one["arr_0"], two["arr_0"], rtol=1e-5, atol=1e-6)
