@@ -5,8 +5,8 @@ distills such a teacher, without data, into a student that needs one evaluation.
 Ma, Xie and Jaakkola, "Flow Map Distillation Without Data" (FreeFlow, arXiv 2511.19428).
 
 Map. The paper is in 1. The method. Then read FlowMatching in 2. Teachers, in 5. Settings those of
-prediction and correction and RECIPES, and train in 6. Training. What you may skip: 3. Network
-(the usual DiT)  4. Data  7. Measures  8. Pictures  9. Files  10. Runs
+prediction and correction and RECIPES, and in 6. Training train and TrainState.update. What you may
+skip: 3. Network (the usual DiT)  4. Data  7. Measures  8. Pictures  9. Files  10. Runs
 
 Notation, everywhere in this file
     t              0 is data x, 1 is noise n ~ N(0, I); x_t = (1 - t) x + t n
@@ -82,7 +82,7 @@ def interpolate(x, n, t):
 
 class FlowMap:
     """The student: a network read as F, the average velocity from t = 1 to t = 1 - delta. It starts
-    with the teacher's weights: then F(z, 0) = u(z, 1), which is right (without guidance)."""
+    with the teacher's weights: then F(z, 0) = u(z, 1), a path's first slope (without guidance)."""
 
     def __init__(self, network):
         self.network = network
@@ -130,8 +130,8 @@ def solve_ode(u, z, steps, method="heun", y=None, return_path=False, t=1.0, leng
 
 def guided(teacher, guidance, interval=(0.0, 1.0)):
     """Classifier-free guidance: u_gamma = gamma u(.|y) + (1 - gamma) u(.|null). The ODE uses it as
-    a velocity, although no data has it as its E[x - n | x_t]. guidance: the strength gamma, (B,) or
-    (1,), or None for the teacher itself. Outside of the interval of t the strength is 1."""
+    a velocity, although in general it is E[x - n | x_t] of no data. guidance: the strength gamma,
+    (B,) or (1,), or None for the teacher itself. Outside of the interval of t it is 1."""
     if guidance is None:
         return teacher
 
@@ -181,13 +181,13 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
         raise ValueError(f"prediction_gradient: {form} is not jvp or difference")
     # Why u at f: a solution of the ODE has df/ddelta = u(f, 1 - delta) [7], and the student's own f
     # costs neither data nor a solver.
-    # Why sg: the target of [8], F - D_G = u(f) - delta dF/ddelta, depends on the weights too. A
-    # gradient through it could move f to where u happens to be near v_G, and would need second
-    # derivatives. So no loss is minimized.
-    # Why it still converges (F free at each z and delta, k = 0, s the time of training): [9] is
-    # df/ds = delta (u(f, 1 - delta) - df/ddelta). So along delta = delta_0 e^s f follows the
-    # teacher's ODE. At a fixed delta, delta_0 = delta e^-s goes to 0, where f(z, 0) = z is right.
-    # So short jumps are right first. (Notebook, section 3. k > 0 only changes the speed.)
+    # Why sg: the target of [8], F - D_G = u(f, 1 - delta) - delta dF/ddelta, depends on the weights
+    # too. A gradient through it could move f to where u happens to be near v_G, and would need
+    # second derivatives. So no loss is minimized.
+    # Why it still converges (F free at each z and delta, k = 0, s the time of training): descent by
+    # [9] is df/ds = delta (u(f, 1 - delta) - df/ddelta). So f follows the teacher's ODE along the
+    # curves delta = delta_0 e^s. At a fixed delta, delta_0 = delta e^-s goes to 0, where f = z is
+    # right. So short jumps are right first. (Notebook, section 3. k > 0 keeps the solution.)
     f = z + expand(delta) * F
     return F + expand(delta) * dF - u(f, 1 - delta, y)  # [7] as a residual: D_G of [9]
 
@@ -197,14 +197,14 @@ def correction_gradient(v_N, u, x_r, r, y=None):
     """Correct: D_N = v_N - u(x_r, r) of [11], (B, C, H, W). D_G checks one point of a path. D_N
     compares the student's samples, as a set, with the teacher's.
 
-    Why the loss F(z, 1) . D_N lowers a mean over r of the KLs [10], if u and v_N are exact: the
+    Why descent of F(z, 1) . D_N lowers a mean over r of the KLs [10], if u and v_N are exact: the
     gradient of the KL at r is E[(dx_r/dtheta)^T (s - s_u)], with s and s_u the scores (gradients of
     log p) of the student's x_r and of the teacher's. By Tweedie's formula s = ((1 - r) v_N - x_r)
     / r, and s_u is the same with u, so s - s_u = (1 - r) / r D_N. And dx_r/dtheta = (1 - r)
     dF/dtheta. [11] leaves out the factors of r: they only weight the mean (notebook, section 6).
 
     Why D_N need not be zero for a perfect student: s_u needs u = E[x - n | x_r] over the samples x
-    of u's own ODE. A learned u is only near this mean, a guided u is another function."""
+    of u's own ODE. A learned u is only near this mean, a guided u mostly is another function."""
     return v_N - u(x_r, r, y)  # D_N of [11]
 
 
@@ -264,7 +264,7 @@ class Distiller(nn.Module):
             critic_loss = (v_N - (x - n)).square().mean()
             D_N = correction_gradient(v_N, u, x_r, r, y_N)
             lambda_ = self.balance(D_G, D_N)
-            # D_N is not decayed: with a factor of x_r, not of r alone, it is no KL's gradient.
+            # D_N is not decayed: decay depends on x_r. A KL's gradient allows factors of r only.
             loss = loss + lambda_ * (F * D_N).mean() + critic_loss  # the gradient of F * D_N: [11]
             metrics |= {"correction": mean_square(D_N).mean(), "critic": critic_loss,
                         "lambda": lambda_}
@@ -706,7 +706,7 @@ PICTURES = {"patch_size": 2, "hidden_size": 384, "depth": 12, "num_heads": 6, "e
             "guidance_max": 4.0, "guidance": 2.0, "correction_interval": (0.0, 0.7),
             "precision": "bfloat16", "eval_samples": 5000}
 PRESETS = {
-    # label_dropout: toys are mostly trained, and always measured, without labels, the harder task.
+    # label_dropout: toys are mostly trained, and measured, without labels, which is harder.
     # t_location: sharp edges are learned at small t.
     "toy2d": {"label_dropout": 0.9, "t_location": -0.8, "teacher_steps": 1000, "steps": 5600,
               "teacher_learning_rate": 8e-3, "learning_rate": 0.003, "critic_learning_rate": 2e-3,
@@ -759,7 +759,7 @@ TEACHER, STUDENT, WEIGHTS, EVALUATION, SAMPLING = range(5)  # streams of random 
 
 def generator(*key):
     """A random generator that depends only on the integers in `key`: seed, stream, step. So a run
-    that continues has the same numbers. All processes draw one batch, and each takes its rows."""
+    that continues has the same numbers. Each process draws the whole batch and takes its rows."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
@@ -782,9 +782,9 @@ class SolverDistiller(Distiller):
         end                        where the teacher's ODE leads from start, by the solver
     (f(z, delta) - end) / delta takes the place of D_G in the loss, in lambda and in the log. So
     f(z, delta) moves to `end`. (For small h, without ema_target, this is (h / delta) D_G.)
-    Why it needs fewer steps: where start is right, `end` is right too, so a step carries this on by
-    a long h. (It takes 4 x solver_steps evaluations of the teacher. With as many of them, jvp is
-    nearly as good.) Why half of the rows have delta = 1 (recipe fast): there the sample f(z, 1)
+    Why it needs fewer steps: where start is right, `end` is right too, further on by a long h. (A
+    row takes 4 x solver_steps evaluations of the teacher. With as many evaluations jvp is nearly as
+    good.) Why half of the rows have delta = 1 (recipe fast): there the sample f(z, 1)
     itself moves to `end`."""
 
     ema_student = None  # set by train for ema_target: a FlowMap of averaged weights
@@ -816,7 +816,7 @@ class TrainState:
     """Networks, average, optimizer, step and log. path: a checkpoint to continue, if it exists."""
 
     def __init__(self, module, config, path=None):
-        self.step, self.skipped, self.log = 0, 0, []  # skipped: consecutive steps, so far
+        self.step, self.skipped, self.log = 0, 0, []  # skipped: consecutive ones
         self.ema = copy.deepcopy(module.network).requires_grad_(False)
         trained = {k: getattr(module, k) for k in ("network", "critic") if getattr(module, k, None)}
         # requires_grad_: load_student's network is frozen.
@@ -881,7 +881,7 @@ def train(module, config, state=None):
         module.ema_student = FlowMap(state.ema)
     device = device_of(module.network)
     # Why DDP wraps the loss: DDP averages gradients only if its own forward is called. The loss
-    # calls module.network, not a DDP around it, which would average nothing, without a warning.
+    # calls module.network. So a DDP around that network would average nothing, without a warning.
     parallel = module
     if WORLD > 1:  # bucket_view: no second copy of the gradients
         parallel = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
