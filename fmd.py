@@ -759,7 +759,8 @@ TEACHER, STUDENT, WEIGHTS, EVALUATION, SAMPLING = range(5)  # streams of random 
 
 def generator(*key):
     """A random generator that depends only on the integers in `key`: seed, stream, step. So a run
-    that continues has the same numbers. Each process draws the whole batch and takes its rows."""
+    that continues has the same numbers. Each process draws the whole batch and takes its rows, so
+    their number changes results by rounding only."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
