@@ -186,8 +186,8 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     # second derivatives. So no loss is minimized.
     # Why it still converges (F free at each z and delta, k = 0, s the time of training): descent by
     # [9] is df/ds = delta (u(f, 1 - delta) - df/ddelta). So f follows the teacher's ODE along the
-    # curves delta = delta_0 e^s. At a fixed delta, delta_0 = delta e^-s goes to 0, where f = z is
-    # right. So short jumps are right first. (Notebook, section 3. k > 0 keeps the solution.)
+    # curves delta = delta_0 e^s. At a fixed delta, delta_0 = delta e^-s goes to 0, where f = z for
+    # any weights. So short jumps are right first. (Notebook, section 3. k > 0 keeps the solution.)
     f = z + expand(delta) * F
     return F + expand(delta) * dF - u(f, 1 - delta, y)  # [7] as a residual: D_G of [9]
 
@@ -197,14 +197,14 @@ def correction_gradient(v_N, u, x_r, r, y=None):
     """Correct: D_N = v_N - u(x_r, r) of [11], (B, C, H, W). D_G checks one point of a path. D_N
     compares the student's samples, as a set, with the teacher's.
 
-    Why descent of F(z, 1) . D_N lowers a mean over r of the KLs [10], if u and v_N are exact: the
+    Why descent of F(z, 1) . D_N lowers a weighted mean of the KLs [10], if u and v_N are exact: the
     gradient of the KL at r is E[(dx_r/dtheta)^T (s - s_u)], with s and s_u the scores (gradients of
     log p) of the student's x_r and of the teacher's. By Tweedie's formula s = ((1 - r) v_N - x_r)
     / r, and s_u is the same with u, so s - s_u = (1 - r) / r D_N. And dx_r/dtheta = (1 - r)
     dF/dtheta. [11] leaves out the factors of r: they only weight the mean (notebook, section 6).
 
     Why D_N need not be zero for a perfect student: s_u needs u = E[x - n | x_r] over the samples x
-    of u's own ODE. A learned u is only near this mean, a guided u mostly is another function."""
+    of u's own ODE. A learned u is only near this mean, a guided u is in general another one."""
     return v_N - u(x_r, r, y)  # D_N of [11]
 
 
@@ -231,8 +231,8 @@ class Distiller(nn.Module):
 
     Why the correction has its own guidance interval: it pulls even a perfect student away (see
     correction_gradient). On digits (README) a guided u pulls to stronger guidance, an unguided u to
-    weaker. The paper guides u for r up to 0.7 only, which balances the two: FID 5.6 (DiT-B/2), for
-    all r 8.7. (Why a guided u pulls to stronger guidance, we do not know.)"""
+    weaker. The paper guides u for r up to 0.7 only, which is in between: FID 5.6 (DiT-B/2), for all r
+    8.7. (Why a guided u pulls to stronger guidance, we do not know.)"""
 
     def __init__(self, network, critic, teacher, config):
         super().__init__()
@@ -264,7 +264,7 @@ class Distiller(nn.Module):
             critic_loss = (v_N - (x - n)).square().mean()
             D_N = correction_gradient(v_N, u, x_r, r, y_N)
             lambda_ = self.balance(D_G, D_N)
-            # D_N is not decayed: decay depends on x_r. A KL's gradient allows factors of r only.
+            # D_N is not decayed: a KL's gradient allows factors of r, but decay depends on x_r.
             loss = loss + lambda_ * (F * D_N).mean() + critic_loss  # the gradient of F * D_N: [11]
             metrics |= {"correction": mean_square(D_N).mean(), "critic": critic_loss,
                         "lambda": lambda_}
@@ -291,7 +291,7 @@ class Distiller(nn.Module):
 
     def draw(self, step):
         """The batch of a step, from the prior alone: {name: tensor, one row for each sample}. Each
-        row has one task: _G predicts at any delta, _N corrects at delta = 1 only."""
+        row has one task, as they need different delta: _G predicts at any, _N corrects at 1."""
         config, classes, shape = self.config, self.network.num_classes, self.network.shape
         g = generator(config.seed, STUDENT, step)  # this and mean_over_processes: section 6
         rows_N = config.corrections
@@ -778,7 +778,7 @@ def device_of(network):
 
 
 class SolverDistiller(Distiller):
-    """The form solver, ours, of recipe fast.
+    """The form solver, ours, of recipe fast. (It was tried on toys only.)
         start = f(z, delta - h)    a jump; with ema_target by the averaged weights
         end                        where the teacher's ODE leads from start, by the solver
     (f(z, delta) - end) / delta takes the place of D_G in the loss, in lambda and in the log. So
@@ -882,7 +882,7 @@ def train(module, config, state=None):
         module.ema_student = FlowMap(state.ema)
     device = device_of(module.network)
     # Why DDP wraps the loss: DDP averages gradients only if its own forward is called. The loss
-    # calls module.network. So a DDP around that network would average nothing, without a warning.
+    # calls module.network: a DDP of this network beside it would average nothing, with no warning.
     parallel = module
     if WORLD > 1:  # bucket_view: no second copy of the gradients
         parallel = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
