@@ -158,12 +158,10 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     form: how dF/ddelta is computed, "jvp" (forward mode, exact) or "difference" (of F at delta +
     spacing and delta - spacing, one-sided at the ends). Raises ValueError for another form.
 
-    Why a small D_G can leave a large error e = f - phi:
-        de/ddelta = D_G + (u(f, 1 - delta) - u(phi, 1 - delta))
-    D_G adds new error. The bracket changes ||e|| at the relative rate L = <e, bracket> / ||e||^2.
-    Between modes, where paths part, e grows (L > 0). Inside of a mode it mostly shrinks. Together
-    (Gronwall's inequality)
-        ||e|| at delta = 1 <= integral over delta of ||D_G|| exp(integral of L from delta to 1)"""
+    Why a small D_G can leave a large error: as in an ODE solver, errors are carried along the path.
+    Between modes, where paths part, they grow. Inside of a mode they mostly shrink. With L the rate
+    of growth, ||f - phi|| at delta = 1 is at most (Gronwall's inequality; notebook, section 5)
+        the integral over delta of ||D_G|| exp(integral of L from delta to 1)."""
     # Why a partial derivative: z is fixed, and only the end of the jump moves with delta. (In
     # MeanFlow the start moves, so its derivative also has a term (dF/dx_t) dx_t/dt.)
     if form == "jvp":
@@ -183,11 +181,9 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     # costs neither data nor a solver.
     # Why sg: the target of [8], F - D_G = u(f, 1 - delta) - delta dF/ddelta, depends on the weights
     # too. A gradient through it could move f to where u happens to be near v_G, and would need
-    # second derivatives. So no loss is minimized.
-    # Why it still converges (F free at each z and delta, k = 0, s the time of training): descent by
-    # [9] is df/ds = delta (u(f, 1 - delta) - df/ddelta). So f follows the teacher's ODE along the
-    # curves delta = delta_0 e^s. At a fixed delta, delta_0 = delta e^-s goes to 0, where f = z for
-    # any weights. So short jumps are right first. (Notebook, section 3. k > 0 keeps the solution.)
+    # second derivatives. So no loss is minimized. Why it still converges: f(z, 0) = z is right for
+    # any weights, and descent by [9] carries what is right on to longer and longer jumps. (If F is
+    # free and k = 0, it does so exactly along the teacher's ODE: README; notebook, section 3.)
     f = z + expand(delta) * F
     return F + expand(delta) * dF - u(f, 1 - delta, y)  # [7] as a residual: D_G of [9]
 
@@ -231,8 +227,8 @@ class Distiller(nn.Module):
 
     Why the correction has its own guidance interval: it pulls even a perfect student away (see
     correction_gradient). On digits (README) a guided u pulls to stronger guidance, an unguided u to
-    weaker. The paper guides u for r up to 0.7 only, which is in between: FID 5.6 (DiT-B/2), for all r
-    8.7. (Why a guided u pulls to stronger guidance, we do not know.)"""
+    weaker (why, we do not know). The paper guides u for r up to 0.7 only, which is in between: FID
+    5.6 (DiT-B/2), for all r 8.7."""
 
     def __init__(self, network, critic, teacher, config):
         super().__init__()
@@ -278,11 +274,11 @@ class Distiller(nn.Module):
         """lambda = alpha E|D_G| / (E|D_N| + eps), |D| = ||D|| / sqrt(d), the weight of the
         correction; alpha if there is no D_G.
 
-        Why lambda: the sizes of D_G and D_N change in training. If all |D_G| are m, the correction
-        has the size alpha m, and the decayed prediction has m / (m^2 + eps)^k. Their ratio is alpha
-        (m^2 + eps)^k: for k > 0 the correction fades as m falls, to alpha eps^k. It should fade, as
-        D_N need not be zero in the end. So lambda has D_G before its decay (our choice): with the
-        decayed D_G the ratio would always be alpha."""
+        Why lambda: the sizes of D_G and D_N change in training. With it the correction has alpha
+        times the size of D_G. Why of D_G before its decay (our choice): if all |D_G| are m, the
+        correction has the size alpha m, and the decayed prediction has m / (m^2 + eps)^k. So for
+        k > 0 the correction fades beside it as m falls. It should, as D_N need not be zero in the
+        end. (With the decayed D_G their ratio would always be alpha.)"""
         if D_G is None:
             return torch.tensor(self.config.alpha, device=D_N.device)
         norm_G = mean_over_processes(mean_square(D_G).sqrt().mean())
