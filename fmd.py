@@ -4,9 +4,9 @@ A flow model draws a sample by solving an ODE with hundreds of network evaluatio
 distills such a teacher, without data, into a student that needs one evaluation. The paper: Tong,
 Ma, Xie and Jaakkola, "Flow Map Distillation Without Data" (FreeFlow, arXiv 2511.19428).
 
-Map. The paper is in 1. The method. Then read FlowMatching in 2. Teachers, in 5. Settings those of
-prediction and correction and RECIPES, and in 6. Training train and TrainState.update. What you may
-skip: 3. Network (the usual DiT)  4. Data  7. Measures  8. Pictures  9. Files  10. Runs
+Map. The paper is in 1. The method. Then read FlowMatching (2. Teachers), prediction, correction and
+RECIPES (5. Settings), train and TrainState.update (6. Training). What you may skip: 3. Network (the
+usual DiT)  4. Data  7. Measures  8. Pictures  9. Files  10. Runs
 
 Notation, everywhere in this file
     t              0 is data x, 1 is noise n ~ N(0, I); x_t = (1 - t) x + t n
@@ -159,8 +159,9 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     spacing and delta - spacing, one-sided at the ends). Raises ValueError for another form.
 
     Why a small D_G can leave a large error: as in an ODE solver, errors are carried along the path.
-    Between modes, where paths part, they grow. Inside of a mode they mostly shrink. With L the rate
-    of growth, ||f - phi|| at delta = 1 is at most (Gronwall's inequality; notebook, section 5)
+    Between modes, where paths part, they grow. Inside of a mode they mostly shrink. With e = f - phi
+    the rate of growth is L = <e, u(f, 1 - delta) - u(phi, 1 - delta)> / ||e||^2, and ||e|| is at
+    delta = 1 at most (Gronwall's inequality; notebook, section 5)
         the integral over delta of ||D_G|| exp(integral of L from delta to 1)."""
     # Why a partial derivative: z is fixed, and only the end of the jump moves with delta. (In
     # MeanFlow the start moves, so its derivative also has a term (dF/dx_t) dx_t/dt.)
@@ -199,8 +200,9 @@ def correction_gradient(v_N, u, x_r, r, y=None):
     / r, and s_u is the same with u, so s - s_u = (1 - r) / r D_N. And dx_r/dtheta = (1 - r)
     dF/dtheta. [11] leaves out the factors of r: they only weight the mean (notebook, section 6).
 
-    Why D_N need not be zero for a perfect student: s_u needs u = E[x - n | x_r] over the samples x
-    of u's own ODE. A learned u is only near this mean, a guided u is in general another one."""
+    Why D_N need not be zero for a perfect student: s_u is the teacher's score only if u is
+    E[x - n | x_r] over the samples x of u's own ODE. A learned u is only near this mean, a guided u
+    is in general another function."""
     return v_N - u(x_r, r, y)  # D_N of [11]
 
 
@@ -223,9 +225,9 @@ class Distiller(nn.Module):
 
     teacher: u(x, t, y), its weights stay the same. network: a copy of it, read as the student's F.
     critic: another copy, which learns v_N. So it starts near its final goal: v_N will be roughly u
-    (less so with guidance). config: a Config, with prediction jvp or difference.
+    once the student has learned (less so with guidance). config: a Config, prediction not solver.
 
-    Why the correction has its own guidance interval: it pulls even a perfect student away (see
+    Why the correction has its own guidance interval: D_N pulls even a perfect student away (see
     correction_gradient). On digits (README) a guided u pulls to stronger guidance, an unguided u to
     weaker (why, we do not know). The paper guides u for r up to 0.7 only, which is in between: FID
     5.6 (DiT-B/2), for all r 8.7."""
@@ -251,8 +253,8 @@ class Distiller(nn.Module):
             F = student.F(z_N, torch.ones_like(r), y_N, guidance_N)
             x = (z_N + F).detach()  # f(z, 1), one-step samples
             # Why r includes much noise (median 0.69): with little of it the x_r of student and
-            # teacher hardly overlap, and D_N cannot see modes that the student lacks. (The paper's
-            # FID: 92 if no r is above 0.6, 6.0 for uniform r, 5.6 for these.)
+            # teacher hardly overlap, and D_N hardly sees modes that the student lacks. (The paper's
+            # FID: 92 if no r is above 0.6, 6.0 for uniform r, 5.6 for r_location 0.8.)
             x_r = interpolate(x, n, r)
             # Why a critic: v_N, of the student's own samples, has no closed form and changes at
             # every step. Flow matching learns it. As x is detached, this trains only the critic.
@@ -260,7 +262,7 @@ class Distiller(nn.Module):
             critic_loss = (v_N - (x - n)).square().mean()
             D_N = correction_gradient(v_N, u, x_r, r, y_N)
             lambda_ = self.balance(D_G, D_N)
-            # D_N is not decayed: a KL's gradient allows factors of r, but decay depends on x_r.
+            # D_N is not decayed: factors of r only reweight the KLs, but decay depends on x_r.
             loss = loss + lambda_ * (F * D_N).mean() + critic_loss  # the gradient of F * D_N: [11]
             metrics |= {"correction": mean_square(D_N).mean(), "critic": critic_loss,
                         "lambda": lambda_}
@@ -275,7 +277,7 @@ class Distiller(nn.Module):
         correction; alpha if there is no D_G.
 
         Why lambda: the sizes of D_G and D_N change in training. With it the correction has alpha
-        times the size of D_G. Why of D_G before its decay (our choice): if all |D_G| are m, the
+        times the size of D_G. Why D_G before its decay (our choice): if all |D_G| are m, the
         correction has the size alpha m, and the decayed prediction has m / (m^2 + eps)^k. So for
         k > 0 the correction fades beside it as m falls. It should, as D_N need not be zero in the
         end. (With the decayed D_G their ratio would always be alpha.)"""
@@ -781,8 +783,7 @@ class SolverDistiller(Distiller):
     f(z, delta) moves to `end`. (For small h, without ema_target, this is (h / delta) D_G.)
     Why it needs fewer steps: where start is right, `end` is right too, further on by a long h. (A
     row takes 4 x solver_steps evaluations of the teacher. With as many evaluations jvp is nearly as
-    good.) Why half of the rows have delta = 1 (recipe fast): there the sample f(z, 1)
-    itself moves to `end`."""
+    good.) In recipe fast half of these rows have delta = 1: there the sample itself moves."""
 
     ema_student = None  # set by train for ema_target: a FlowMap of averaged weights
 
