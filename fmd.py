@@ -159,9 +159,9 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     spacing and delta - spacing, one-sided at the ends). Raises ValueError for another form.
 
     Why a small D_G can leave a large error: as in an ODE solver, errors are carried along the path.
-    Between modes, where paths part, they grow. Inside of a mode they mostly shrink. With e = f - phi
-    the rate of growth is L = <e, u(f, 1 - delta) - u(phi, 1 - delta)> / ||e||^2, and ||e|| is at
-    delta = 1 at most (Gronwall's inequality; notebook, section 5)
+    Between modes, where paths part, they grow. Inside of a mode they mostly shrink. With e = f -
+    phi the rate of growth is L = <e, u(f, 1 - delta) - u(phi, 1 - delta)> / ||e||^2, and at delta
+    = 1 the error ||e|| is at most (Gronwall's inequality; notebook, section 5)
         the integral over delta of ||D_G|| exp(integral of L from delta to 1)."""
     # Why a partial derivative: z is fixed, and only the end of the jump moves with delta. (In
     # MeanFlow the start moves, so its derivative also has a term (dF/dx_t) dx_t/dt.)
