@@ -131,7 +131,7 @@ def solve_ode(u, z, steps, method="heun", y=None, return_path=False, t=1.0, leng
 def guided(teacher, guidance, interval=(0.0, 1.0)):
     """Classifier-free guidance: u_gamma = gamma u(.|y) + (1 - gamma) u(.|null). The ODE uses it as
     a velocity, although in general it is E[x - n | x_t] of no data. guidance: the strength gamma,
-    (B,) or (1,), or None for the teacher itself. Outside of the interval of t it is 1."""
+    (B,) or (1,), or None for the teacher itself; outside of the interval of t it is 1."""
     if guidance is None:
         return teacher
 
@@ -223,14 +223,14 @@ def decay(D, k):
 class Distiller(nn.Module):
     """The paper's loss. draw draws the batch of a step, forward is its loss. (Section 6 trains it.)
 
-    teacher: u(x, t, y), its weights stay the same. network: a copy of it, read as the student's F.
+    teacher: u(x, t, y), its weights stay the same. network: mostly a copy, read as the student's F.
     critic: another copy, which learns v_N. So it starts near its final goal: v_N will be roughly u
     once the student has learned (less so with guidance). config: a Config, prediction not solver.
 
-    Why the correction has its own guidance interval: D_N pulls even a perfect student away (see
-    correction_gradient). On digits (README) a guided u pulls to stronger guidance, an unguided u to
-    weaker (why, we do not know). The paper guides u for r up to 0.7 only, which is in between: FID
-    5.6 (DiT-B/2), for all r 8.7."""
+    Why the correction has its own guidance interval: a guided u pulls even a perfect student away
+    (see correction_gradient), on digits (README) to stronger guidance, and an unguided u to weaker
+    (why, we do not know). The paper guides u for r up to 0.7 only, which is in between: FID 5.6
+    (DiT-B/2), for all r 8.7."""
 
     def __init__(self, network, critic, teacher, config):
         super().__init__()
@@ -288,8 +288,8 @@ class Distiller(nn.Module):
         return self.config.alpha * norm_G / (norm_N + EPS)
 
     def draw(self, step):
-        """The batch of a step, from the prior alone: {name: tensor, one row for each sample}. Each
-        row has one task, as they need different delta: _G predicts at any, _N corrects at 1."""
+        """The batch of a step, from the prior alone: {name: tensor, one row for each sample}. A row
+        either predicts (_G, at any delta) or corrects (_N, at delta = 1)."""
         config, classes, shape = self.config, self.network.num_classes, self.network.shape
         g = generator(config.seed, STUDENT, step)  # this and mean_over_processes: section 6
         rows_N = config.corrections
@@ -620,7 +620,7 @@ class Config:
     # training of both
     batch_size: int = option(256, "samples per step", 1)
     ema_decay: float = option(0.995, "of the averaged weights, the result; less at first", 0, 1)
-    label_dropout: float = option(0.1, "share of labels replaced by the null label", 0, 1)
+    label_dropout: float = option(0.1, "share of labels made null; guided toys: 0.1", 0, 1)
     teacher_steps: int = option(20000, "training steps of the teacher", 1)
     teacher_learning_rate: float = option(3e-4, "peak", 0)
     t_location: float = option(0.0, "t = sigmoid(t_location + N(0, 1)); lower: nearer to data")
@@ -630,7 +630,7 @@ class Config:
     # prediction [7, 8, 9]
     prediction: str = option("jvp", "how to find D_G", choices=["jvp", "difference", "solver"])
     delta_scale: float = option(1.0, "form solver: delta = min(1, this x uniform)", 1)
-    solver_interval: float = option(0.6, "form solver: the longest h; shortest: half", 1e-4, 1)
+    solver_interval: float = option(0.6, "form solver: h = min(delta, 0.5 to 1 x this)", 1e-4, 1)
     solver_steps: int = option(2, "form solver: RK4 steps of the teacher in an interval", 1)
     ema_target: bool = option(False, "form solver: jump with the student's averaged weights")
     decay: float = option(1.0, "k: D_G is divided by (||D_G||^2 / d + eps)^k", 0, 1)
@@ -848,7 +848,7 @@ class TrainState:
             for group, peak in zip(groups, (config.learning_rate, config.critic_learning_rate)):
                 group["lr"] = peak * rise * (1 - self.step / config.steps)
             self.optimizer.step()
-            # At first the average is over about the last tenth of the steps so far.
+            # At first it averages about the last tenth of the steps so far.
             kept = min(config.ema_decay, (1 + self.step) / (10 + self.step))
             get_ema_multi_avg_fn(kept)([*self.ema.parameters()], groups[0]["params"], None)
         self.optimizer.zero_grad()
@@ -947,7 +947,8 @@ def student_path(student, z, points, y=None, guidance=None):
 def search_noise(student, reward, N, y=None, guidance=None, generator=None, keep=1):
     """Draw N noises, return those `keep` whose samples have the largest rewards, best first.
     reward: (N, C, H, W) -> (N,). y, guidance: (1,) or None. The paper's inference-time scaling: a
-    noise costs one evaluation, and the teacher's samples from the best ones are nearly the same."""
+    noise costs one evaluation. If the endpoint error is small, the teacher's samples from the best
+    noises are nearly the same."""
     z = draw_noise(student.network, N, generator)
     rewards = reward(jump(student, z, y, guidance)).view(N)
     return z[rewards.topk(keep).indices]
@@ -1381,8 +1382,8 @@ def open_teacher(given, device):
     if RANK == 0:
         print(f"{given['teacher']}: {file.get('format', 'fmd')}, {network.settings}")
     # A file read in a wrong way still gets good scores: they compare the student with it. Its
-    # samples show it: as in noise, neighbours differ by sqrt(2) spreads (in data by less than 1).
-    # Or, with the wrong sign of u, samples are near 2 z - x, with a spread near 2.
+    # samples show it. In noise, neighbours differ by sqrt(2) spreads, in data by less than 1. With
+    # the wrong sign of u, samples are near 2 z - x, with a spread near 2.
     if "format" in file and not given.get("trust_teacher"):
         y = torch.arange(16, device=device) % max(1, network.num_classes)
         x = solve_ode(network, draw_noise(network, 16, generator(0)), 8, y=y)
@@ -1465,7 +1466,7 @@ def run_stage(kind, module, config, out, score=None):
     state = TrainState(module, config, path)
     if RANK == 0 and state.step:
         print(f"{path}: {state.step} of {config.steps} steps are done; to redo them, change --out")
-    stride = math.gcd(config.batch_size, config.corrections)  # every n-th row: counts FLOPs
+    stride = math.gcd(config.batch_size, config.corrections)  # FLOPs: of every n-th row
     rows = {k: v[::stride].to(device_of(module.network)) for k, v in module.draw(0).items()}
     with FlopCounterMode(display=False) as counter:
         module(**rows)[0].backward()
