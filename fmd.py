@@ -182,9 +182,10 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     # costs neither data nor a solver.
     # Why sg: the target of [8], F - D_G = u(f, 1 - delta) - delta dF/ddelta, depends on the weights
     # too. A gradient through it could move f to where u happens to be near v_G, and would need
-    # second derivatives. So no loss is minimized. Why it still converges: f(z, 0) = z is right for
-    # any weights, and descent by [9] carries what is right on to longer and longer jumps. (If F is
-    # free and k = 0, it does so exactly along the teacher's ODE: README; notebook, section 3.)
+    # second derivatives. With sg no loss is minimized.
+    # Why it still converges: f(z, 0) = z is right for any weights, and descent by [9] carries what
+    # is right on to longer and longer jumps. (If F is free and k = 0, it does so exactly along the
+    # teacher's ODE: README; notebook, section 3.)
     f = z + expand(delta) * F
     return F + expand(delta) * dF - u(f, 1 - delta, y)  # [7] as a residual: D_G of [9]
 
@@ -215,15 +216,16 @@ def decay(D, k):
     What k does: a residual of size m, m^2 = ||D||^2 / d well above eps, gets the size m^(1 - 2k).
     At k = 0 large ones dominate the gradient, at 1/2 all count equally, at 1 large ones count less.
     Why: the paper's FID (DiT-B/2) with the correction is 43.5 for k = 0, 10.6 for 1/2, 5.6 for 1,
-    and without it about 12 for each k. Our explanation, from toys: for small residuals the
-    correction has most weight at k = 0 (see balance), with its critic's errors (notebook, 7)."""
+    and without it about 12 for each k. Our explanation, from toys and with our
+    lambda (see balance): for small residuals the correction has most weight at k = 0, with its
+    critic's errors (notebook, section 7)."""
     return D / expand((mean_square(D) + EPS) ** k)
 
 
 class Distiller(nn.Module):
     """The paper's loss. draw draws the batch of a step, forward is its loss. (Section 6 trains it.)
 
-    teacher: u(x, t, y), its weights stay the same. network: mostly a copy, read as the student's F.
+    teacher: u(x, t, y), its weights stay the same. network: usually a copy of it, read as F.
     critic: another copy, which learns v_N. So it starts near its final goal: v_N will be roughly u
     once the student has learned (less so with guidance). config: a Config, prediction not solver.
 
@@ -262,7 +264,8 @@ class Distiller(nn.Module):
             critic_loss = (v_N - (x - n)).square().mean()
             D_N = correction_gradient(v_N, u, x_r, r, y_N)
             lambda_ = self.balance(D_G, D_N)
-            # D_N is not decayed: factors of r only reweight the KLs, but decay depends on x_r.
+            # D_N is not decayed: factors of r only reweight the KLs, but decay depends on x_r, and
+            # so the result would not be the gradient of a KL.
             loss = loss + lambda_ * (F * D_N).mean() + critic_loss  # the gradient of F * D_N: [11]
             metrics |= {"correction": mean_square(D_N).mean(), "critic": critic_loss,
                         "lambda": lambda_}
