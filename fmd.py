@@ -216,9 +216,9 @@ def decay(D, k):
     What k does: a residual of size m, m^2 = ||D||^2 / d well above eps, gets the size m^(1 - 2k).
     At k = 0 large ones dominate the gradient, at 1/2 all count equally, at 1 large ones count less.
     Why: the paper's FID (DiT-B/2) with the correction is 43.5 for k = 0, 10.6 for 1/2, 5.6 for 1,
-    and without it about 12 for each k. Our explanation, from toys and with our
-    lambda (see balance): for small residuals the correction has most weight at k = 0, with its
-    critic's errors (notebook, section 7)."""
+    and without it about 12 for each k. Our explanation, from toys and with our lambda (see
+    balance): for small residuals the correction has most weight at k = 0, with its critic's errors
+    (notebook, section 7)."""
     return D / expand((mean_square(D) + EPS) ** k)
 
 
@@ -304,8 +304,8 @@ class Distiller(nn.Module):
             batch[f"z_{side}"] = torch.randn(count, *shape, generator=g)
             batch[f"y_{side}"] = torch.where(is_null, classes, y)
             if config.is_guided:
-                part = torch.rand(count, generator=g)
-                batch[f"guidance_{side}"] = 1 + (config.guidance_max - 1) * part
+                uniform = torch.rand(count, generator=g)
+                batch[f"guidance_{side}"] = 1 + (config.guidance_max - 1) * uniform
         # Why all delta: D_G at delta = 1 alone relates f to its slope there. Only at all delta does
         # it make f the path. Stratified: one row in each of rows_G equal parts of (0, 1], from 1
         # down, so that no batch misses a part.
@@ -697,7 +697,7 @@ class Config:
 
 
 # A later one wins: the defaults of Config, PRESETS (the data set), RECIPES (the algorithm), QUICK
-# (the size), flags. For example
+# (the size), guidance (the labels), flags. For example
 #     command            recipe  prediction  decay k  alpha  correction_share
 #     toy2d              fast    solver      0.5      0.3    0.125
 #     mnist --quick      paper   jvp         1        0.3    0.25
@@ -760,8 +760,8 @@ TEACHER, STUDENT, WEIGHTS, EVALUATION, SAMPLING = range(5)  # streams of random 
 
 def generator(*key):
     """A random generator that depends only on the integers in `key`: seed, stream, step. So a run
-    that continues has the same numbers. Each process draws the whole batch and takes its rows, so
-    their number changes results by rounding only."""
+    that continues has the same numbers. Each process draws the whole batch and takes its rows:
+    the number of processes changes results by rounding only."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
@@ -786,7 +786,8 @@ class SolverDistiller(Distiller):
     f(z, delta) moves to `end`. (For small h, without ema_target, this is (h / delta) D_G.)
     Why it needs fewer steps: where start is right, `end` is right too, further on by a long h. (A
     row takes 4 x solver_steps evaluations of the teacher. With as many evaluations jvp is nearly as
-    good.) In recipe fast half of these rows have delta = 1: there the sample itself moves."""
+    good.) In recipe fast half of the rows that predict have delta = 1: there the sample itself
+    moves to `end`."""
 
     ema_student = None  # set by train for ema_target: a FlowMap of averaged weights
 
@@ -1237,6 +1238,7 @@ def load_student(path, device="cpu"):
 
 # Public teachers. SiT (arXiv 2401.08740) and REPA (arXiv 2410.06940) are DiTs with the same names.
 # What differs is folded into their weights: u(x, t) = SiT(x, 1 - t) and u(x, t) = -REPA(x, t).
+# A file may have the tensors of both, so the user tells by --teacher-format which of them it is.
 FIRST = "x_embedder.proj.weight"  # a tensor that every DiT has
 
 
