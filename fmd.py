@@ -1176,13 +1176,10 @@ def load_latents(path):
     """Latents FILE.npy (N, C, S, S), which stay on the disk, and labels FILE_labels.npy (N,)."""
     x = np.load(path, mmap_mode="r")
     y = np.load(path.removesuffix(".npy") + "_labels.npy")
-    shapes_fit = x.ndim == 4 and y.shape == x.shape[:1] and x.shape[2] == x.shape[3] > 1
-    if not shapes_fit or x.dtype.kind != "f" or y.dtype.kind not in "iu":
-        raise ValueError(f"{x.dtype} of shape {x.shape}, labels {y.dtype} of shape {y.shape}")
+    shapes_fit = x.ndim == 4 and x.shape[2] == x.shape[3] > 1 and y.shape == x.shape[:1]
     spread = x[:: math.ceil(len(x) / 256)].astype(np.float32).std()
-    if not 0.4 < spread < 2.5 or x.shape[1] == 8:  # would be means and deviations
-        raise ValueError(f"{x.shape[1]} channels, deviation {spread:.3g}: give scaling_factor x "
-                         "samples of the posterior")
+    if not shapes_fit or not 0.4 < spread < 2.5 or x.shape[1] == 8:  # 8: means and deviations
+        raise ValueError(f"shape {x.shape}, deviation {spread:.3g}, labels of shape {y.shape}")
     classes, y = np.unique(y, return_inverse=True)
     if RANK == 0:
         print(f"{path}: {len(classes)} classes, here from 0 on: {classes[0]} to {classes[-1]}")
@@ -1194,7 +1191,7 @@ def open_data(config):
     if config.dataset == "toy2d":
         return make_toy(config.toy) if config.toy in TOYS else load_points(config.toy)
     if config.dataset == "imagenet":
-        with explained("give a --teacher, or --data FILE.npy, latents with FILE_labels.npy"):
+        with explained("give a --teacher, or --data FILE.npy, scaled as by encode in README.md"):
             return load_latents(config.data)
     with explained(f"--data {config.data}: go online, or give a folder with {config.dataset}"):
         source = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}[config.dataset]
@@ -1203,9 +1200,8 @@ def open_data(config):
         mean_over_processes(torch.zeros(1))
         found = source(config.data)
     x = np.asarray(found.data).reshape(*found.data.shape[:3], -1).transpose(0, 3, 1, 2)  # NCHW
-    if config.dataset == "cifar10":  # and its mirror images
-        return ImageData(np.concatenate([x, x[..., ::-1]]), 2 * list(found.targets), 10)
-    return ImageData(x, found.targets, 10)
+    copies = [x, x[..., ::-1]] if config.dataset == "cifar10" else [x]  # and its mirror images
+    return ImageData(np.concatenate(copies), np.tile(found.targets, len(copies)), 10)
 
 
 def load_network(path, kind, device="cpu", teacher_format="", num_heads=0):
@@ -1236,9 +1232,8 @@ def load_student(path, device="cpu"):
     return FlowMap(load_network(path, "student", device)[0])
 
 
-# Public teachers. SiT (arXiv 2401.08740) and REPA (arXiv 2410.06940) are DiTs with the same names.
-# What differs is folded into their weights: u(x, t) = SiT(x, 1 - t) and u(x, t) = -REPA(x, t).
-# A file may have the tensors of both, so the user tells by --teacher-format which of them it is.
+# SiT (arXiv 2401.08740) and REPA (arXiv 2410.06940) are DiTs of the same tensor names, so the user
+# tells which it is. What differs goes into the weights: u(x, t) is SiT(x, 1 - t) or -REPA(x, t).
 FIRST = "x_embedder.proj.weight"  # a tensor that every DiT has
 
 
@@ -1358,13 +1353,11 @@ def claim_folder(folder, mine):
     """Write the settings `mine` to config.json in a run's folder. Returns a lock for `with`. Raises
     UserError if other settings are there (in all processes: each compares), or it is in use."""
     file = folder / "config.json"
-    with explained(f"{folder} cannot be used: give another --out"):
+    with explained(f"{folder} cannot be used: wait for its other process, or give another --out"):
         folder.mkdir(parents=True, exist_ok=True)
-        is_new = not any(folder.glob("*.pt"))
-        theirs = mine if is_new else json.loads(file.read_text())
-    check_settings(folder, theirs, mine, MAY_CHANGE)
-    with explained(f"{folder} cannot be locked: wait for its other process, or give another --out"):
         lock = FileLock(folder / f"lock{RANK}").acquire(timeout=0)  # free when its process dies
+        theirs = json.loads(file.read_text()) if any(folder.glob("*.pt")) else mine
+    check_settings(folder, theirs, mine, MAY_CHANGE)
     if RANK == 0:
         save(file, lambda part: part.write(json.dumps(mine, indent=1).encode()))
     return lock
@@ -1386,9 +1379,8 @@ def open_teacher(given, device):
                                  given.get("teacher_format", ""), given.get("num_heads", 0))
     if RANK == 0:
         print(f"{given['teacher']}: {file.get('format', 'fmd')}, {network.settings}")
-    # A file read in a wrong way still gets good scores: they compare the student with it. Its
-    # samples show it. In noise, neighbours differ by sqrt(2) spreads, in data by less than 1. With
-    # the wrong sign of u, samples are near 2 z - x, with a spread near 2.
+    # Scores do not show a file read in a wrong way, samples do. In noise, neighbours differ by
+    # sqrt(2) spreads, in data by less than 1. With a wrong sign of u samples are near 2 z - x.
     if "format" in file and not given.get("trust_teacher"):
         y = torch.arange(16, device=device) % max(1, network.num_classes)
         x = solve_ode(network, draw_noise(network, 16, generator(0)), 8, y=y)
@@ -1502,7 +1494,7 @@ def run_stage(kind, module, config, out, score=None):
             break
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if interrupts or is_stopped:
-        raise KeyboardInterrupt(f"{path} holds step {state.step},")
+        raise KeyboardInterrupt(f"{path} holds step {state.step}, the same command continues")
     return state.ema, state.log
 
 
@@ -1540,6 +1532,7 @@ def main(argv=None):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also after `&` in a script
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # as Ctrl-C
     warnings.filterwarnings("ignore", module="torch")  # torch's own, about what jvp uses
+    status = 0
     try:
         name = given.get("device", Config.device)
         with explained("--device: not on this machine, or fewer GPUs than processes: give cpu"):
@@ -1551,27 +1544,22 @@ def main(argv=None):
             distributed.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
         run = run_sampling if given.get("stage") == "sample" else run_training
         run(given, device)
-        if WORLD > 1:
-            distributed.destroy_process_group()
-        return 0
     except (Exception, KeyboardInterrupt) as e:
         if given.get("debug"):
             raise
-        line, status = f"{type(e).__name__}: {e} (--debug shows where)", 1
-        if isinstance(e, UserError):
-            line, status = str(e), e.status
-        elif isinstance(e, KeyboardInterrupt):
-            line = f"interrupted: {e} the same command continues"
+        line, status = f"{type(e).__name__}: {e} (--debug shows where)", getattr(e, "status", 1)
+        if isinstance(e, (UserError, KeyboardInterrupt)):
+            line = str(e) or "interrupted: the same command continues"
         elif "out of memory" in str(e) or "allocate memory" in str(e):
             line = "out of memory: more --micro-batches, --activation-checkpointing, fewer samples"
         if RANK == 0 or (status == 1 and isinstance(e, Exception)):  # once if common to all
             print("fmd:", *line.split(), file=sys.stderr)
-        if WORLD > 1:  # at once: a normal exit may wait for processes that have not failed
-            sys.stdout.flush()
-            os._exit(status)
-        return status
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if WORLD > 1:  # at once: a normal exit may wait for processes that have not failed
+        sys.stdout.flush()
+        os._exit(status)
+    return status
 
 
 if __name__ == "__main__":
