@@ -574,19 +574,16 @@ class ImageData:
 
 # 5. Settings -------------------------------------------------------------------------------------
 class UserError(Exception):
-    """What the user can correct."""
-    status = 1  # of the command line
+    """What the user can correct. The command line exits with 1, or for WrongCommand with 2."""
 
 
 class WrongCommand(UserError):
     """The same, found before any work."""
-    status = 2
 
 
 def option(default, help, low=-(10**10), high=10**10, choices=None):
     """A field of Config: its default, its help, its lowest and highest value, or its choices."""
-    limits = {"help": help, "low": low, "high": high, "choices": choices}
-    return dataclasses.field(default=default, metadata=limits)
+    return dataclasses.field(default=default, metadata=locals())
 
 
 def flag(name):
@@ -660,15 +657,13 @@ class Config:
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
-            value, choices = getattr(self, f.name), f.metadata["choices"]
+            name, value, limits = flag(f.name), getattr(self, f.name), f.metadata
+            low, high, choices = limits["low"], limits["high"], limits["choices"]
             if choices and value not in choices:
-                raise WrongCommand(f"{flag(f.name)} {value}: give one of {choices}")
-            if f.type is not str:
-                low, high = f.metadata["low"], f.metadata["high"]
-                ends = value if f.type is tuple else (value,)
-                if not low <= ends[0] <= ends[-1] <= high:
-                    raise WrongCommand(f"{flag(f.name)} {value}: give {low} to {high}, "
-                                       "of an interval the lower end first")
+                raise WrongCommand(f"{name} {value}: give one of {choices}")
+            ends = np.ravel(value)  # of an interval, or twice the same number
+            if f.type is not str and not low <= ends[0] <= ends[-1] <= high:
+                raise WrongCommand(f"{name} {value}: give {low} to {high}, of two the lower first")
         if 0 < self.correction_share < 1 and self.corrections in (0, self.batch_size):
             raise WrongCommand("--batch-size: too small for this --correction-share")
         if self.is_guided and not (self.label_dropout or self.teacher):
@@ -696,28 +691,22 @@ class Config:
         return self.guidance_max > 1
 
 
-# A later one wins: the defaults of Config, PRESETS (the data set), RECIPES (the algorithm), QUICK
-# (the size), guidance (the labels), flags. For example
-#     command            recipe  prediction  decay k  alpha  correction_share
-#     toy2d              fast    solver      0.5      0.3    0.125
-#     mnist --quick      paper   jvp         1        0.3    0.25
-#     mnist, imagenet    paper   jvp         1        1      0.25
-# PICTURES has the sizes of DiT-S/2. A file of --teacher has its own.
+# command            recipe  prediction  decay k  alpha  correction_share
+# toy2d              fast    solver      0.5      0.3    0.125
+# mnist --quick      paper   jvp         1        0.3    0.25
+# mnist, imagenet    paper   jvp         1        1      0.25
+# Toys are mostly trained, and measured, without labels: harder. Small t: for sharp edges.
+TOY = {"label_dropout": 0.9, "t_location": -0.8, "alpha": 0.3, "teacher_steps": 1000, "steps": 5600,
+       "teacher_learning_rate": 8e-3, "learning_rate": 3e-3, "critic_learning_rate": 2e-3}
+# The sizes of DiT-S/2. A file of --teacher has its own.
 PICTURES = {"patch_size": 2, "hidden_size": 384, "depth": 12, "num_heads": 6, "ema_decay": 0.999,
             "guidance_max": 4.0, "guidance": 2.0, "correction_interval": (0.0, 0.7),
             "precision": "bfloat16", "eval_samples": 5000}
-PRESETS = {
-    # label_dropout: toys are mostly trained, and measured, without labels, which is harder.
-    # t_location: sharp edges are learned at small t.
-    "toy2d": {"label_dropout": 0.9, "t_location": -0.8, "teacher_steps": 1000, "steps": 5600,
-              "teacher_learning_rate": 8e-3, "learning_rate": 0.003, "critic_learning_rate": 2e-3,
-              "alpha": 0.3},
-    "mnist": PICTURES,
-    "cifar10": {**PICTURES, "teacher_steps": 200000, "steps": 100000},
-    "imagenet": {**PICTURES, "steps": 100000, "teacher_steps": 400000, "eval_samples": 2000,
-                 "teacher_learning_rate": 1e-4, "guidance_max": 3.0, "guidance": 1.4,
-                 "ema_decay": 0.9999, "activation_checkpointing": True},
-}
+PRESETS = {"toy2d": TOY, "mnist": PICTURES,
+           "cifar10": {**PICTURES, "teacher_steps": 200000, "steps": 100000},
+           "imagenet": {**PICTURES, "teacher_steps": 400000, "teacher_learning_rate": 1e-4,
+                        "steps": 100000, "guidance_max": 3.0, "guidance": 1.4, "ema_decay": 0.9999,
+                        "eval_samples": 2000, "activation_checkpointing": True}}
 # Of the recipe "paper" the paper gives prediction, decay, alpha (0.3 to 3 work), correction_share,
 # r_location, and in PICTURES correction_interval. The rest is ours.
 RECIPES = {"paper": {},  # the defaults of Config
@@ -732,7 +721,8 @@ QUICK = {"toy2d": {"teacher_steps": 300, "steps": 300}, "mnist": SMALL, "cifar10
 
 
 def make_config(dataset="toy2d", recipe="", quick=False, **given):
-    """The settings of a data set. recipe: "paper" or "fast". given wins over all others."""
+    """The settings of a data set. recipe: "paper" or "fast". A later one wins: Config's defaults,
+    PRESETS (the data set), RECIPES (the algorithm), QUICK (the size), guidance, given."""
     recipe = recipe or ("fast" if dataset == "toy2d" else "paper")
     sizes = QUICK.get(dataset, {}) if quick else {}
     settings = {**PRESETS[dataset], **RECIPES[recipe], **sizes}
@@ -779,11 +769,9 @@ def device_of(network):
 
 
 class SolverDistiller(Distiller):
-    """The form solver, ours, of recipe fast. (It was tried on toys only.)
-        start = f(z, delta - h)    a jump; with ema_target by the averaged weights
-        end                        where the teacher's ODE leads from start, by the solver
-    (f(z, delta) - end) / delta takes the place of D_G in the loss, in lambda and in the log. So
-    f(z, delta) moves to `end`. (For small h, without ema_target, this is (h / delta) D_G.)
+    """The form solver, ours, of recipe fast. (It was tried on toys only.) In place of D_G it has
+    (f(z, delta) - end) / delta, so f(z, delta) moves to `end`: where the teacher's ODE leads from
+    the student's shorter jump. (For small h, without ema_target, this is (h / delta) D_G.)
     Why it needs fewer steps: where start is right, `end` is right too, further on by a long h. (A
     row takes 4 x solver_steps evaluations of the teacher. With as many evaluations jvp is nearly as
     good.) In recipe fast half of the rows that predict have delta = 1: there the sample itself
@@ -800,7 +788,7 @@ class SolverDistiller(Distiller):
 
     @torch.no_grad()
     def residual(self, student, u, F, z, delta, y, guidance, h):
-        start = (self.ema_student or student).f(z, delta - h, y, guidance)
+        start = (self.ema_student or student).f(z, delta - h, y, guidance)  # a shorter jump
         end = solve_ode(u, start, self.config.solver_steps, "rk4", y, t=1 - delta + h, length=h)
         return F - (end - z) / expand(delta)  # (f - end) / delta
 
@@ -859,8 +847,7 @@ class TrainState:
         self.step += 1
 
     def write(self, path, config):
-        """Process 0 writes a checkpoint, and the log beside it. path: a Path, which ends in
-        teacher.pt or student.pt. (Networks of your own: continue from it, or load its "ema".)"""
+        """Process 0 writes a checkpoint and the log. path: ends in teacher.pt or student.pt."""
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         checkpoint = {"kind": path.stem, "config": vars(config), "log": self.log,
                       "settings": getattr(self.ema, "settings", {}), "step": self.step, **parts}
@@ -882,22 +869,20 @@ def train(module, config, state=None):
     if config.ema_target:
         module.ema_student = FlowMap(state.ema)
     device = device_of(module.network)
-    # Why DDP wraps the loss: DDP averages gradients only if its own forward is called. The loss
-    # calls module.network: a DDP of this network beside it would average nothing, with no warning.
+    # Why DDP wraps the loss: it averages gradients only if its own forward is called. The loss calls
+    # module.network: a DDP of this network beside it would average nothing, with no warning.
     parallel = module
     if WORLD > 1:  # bucket_view: no second copy of the gradients
         parallel = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
     count = config.micro_batches
     while state.step < config.steps:
         batch, values = module.draw(state.step), []  # values: loss and metrics of each part
-        for i in range(count):
+        for first in range(RANK * count, (RANK + 1) * count):
             # delta is ordered, so a part takes every n-th row, not n consecutive ones.
-            rows = slice(RANK * count + i, None, WORLD * count)
-            part = {name: v[rows].to(device) for name, v in batch.items()}
+            part = {name: v[first :: WORLD * count].to(device) for name, v in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16"):
                 loss, metrics = parallel(**part)
-            # DDP averages all of .grad, also what earlier parts left there. But that is equal in
-            # all processes already, so averaging it again changes nothing.
+            # DDP averages all of .grad. What earlier parts left there is equal in all already.
             (loss / count).backward()
             values.append(torch.stack([loss, *metrics.values()]).detach())
         loss, *means = mean_over_processes(torch.stack(values).mean(0))
@@ -1494,7 +1479,7 @@ def run_stage(kind, module, config, out, score=None):
             break
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if interrupts or is_stopped:
-        raise KeyboardInterrupt(f"{path} holds step {state.step}, the same command continues")
+        raise KeyboardInterrupt(f"{path} holds step {state.step},")
     return state.ema, state.log
 
 
@@ -1547,9 +1532,12 @@ def main(argv=None):
     except (Exception, KeyboardInterrupt) as e:
         if given.get("debug"):
             raise
-        line, status = f"{type(e).__name__}: {e} (--debug shows where)", getattr(e, "status", 1)
-        if isinstance(e, (UserError, KeyboardInterrupt)):
-            line = str(e) or "interrupted: the same command continues"
+        status = 2 if isinstance(e, WrongCommand) else 1
+        line = f"{type(e).__name__}: {e} (--debug shows where)"
+        if isinstance(e, UserError):
+            line = str(e)
+        elif isinstance(e, KeyboardInterrupt):
+            line = f"interrupted: {e} the same command continues"
         elif "out of memory" in str(e) or "allocate memory" in str(e):
             line = "out of memory: more --micro-batches, --activation-checkpointing, fewer samples"
         if RANK == 0 or (status == 1 and isinstance(e, Exception)):  # once if common to all
