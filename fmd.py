@@ -3,7 +3,8 @@
 A flow model draws a sample by solving an ODE with hundreds of network evaluations. This file
 distills such a teacher, without data, into a student that needs one. Section 1 is the paper (Tong,
 Ma, Xie and Jaakkola, "Flow Map Distillation Without Data", FreeFlow, arXiv 2511.19428). Then read
-FlowMatching (section 2), prediction, correction and RECIPES (5), train and TrainState.update (6).
+FlowMatching (2), prediction, correction and RECIPES (5), train and TrainState.update (6). You may
+skip the rest: 3. Network (the usual DiT)  4. Data  7. Measures  8. Pictures  9. Files  10. Runs
 
 Notation, everywhere in this file
     t              0 is data x, 1 is noise n ~ N(0, I); x_t = (1 - t) x + t n
@@ -59,8 +60,9 @@ from tqdm import tqdm
 # 1. The method -----------------------------------------------------------------------------------
 # A teacher is any function u(x, t, y=None) that returns a velocity.
 # Why from noise alone: a guided or imperfect teacher passes through states that noised data rarely
-# reach (the teacher-data mismatch), so training on noised data, as MeanFlow (arXiv 2505.13447)
-# does, learns them less well. At t = 1 its states are known: noise. Later ones the student makes.
+# reach (the teacher-data mismatch). A student that trains on noised data, as MeanFlow (arXiv
+# 2505.13447), learns them less well. At t = 1 the states of any teacher are known: noise, N(0, I).
+# From there on the student makes its states itself: u is evaluated at its own f.
 
 METHODS = {"euler": 1, "heun": 2, "rk4": 4}  # evaluations of u in a step of solve_ode
 EPS = 1e-3  # of decay and lambda; the paper's value is not known to us
@@ -85,7 +87,7 @@ class FlowMap:
 
     def F(self, z, delta, y=None, guidance=None):
         """F(z, delta), (B, C, H, W), for delta in [0, 1]. The network's input is always the noise
-        z, its time, 1 - delta, is where the jump ends: the state there is what f has to learn."""
+        z: the state at delta is what f has to learn. Its time, 1 - delta, is the jump's end."""
         return self.network(z, 1 - delta, y, guidance)
 
     def f(self, z, delta, y=None, guidance=None):
@@ -164,18 +166,21 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
         dF = (student.F(z, high, y, guidance) - student.F(z, low, y, guidance)) / expand(high - low)
     else:
         raise ValueError(f"prediction_gradient: {form} is not jvp or difference")
-    # Why u at f: an ODE's solution has df/ddelta = u(f, 1 - delta), and f needs no data or solver.
-    # Why sg: the target of [8], u(f, 1 - delta) - delta dF/ddelta, depends on the weights too. A
-    # gradient through it could move f to where u is near v_G, and would need second derivatives.
-    # Why it converges, though with sg no loss is minimized: [9] carries f(z, 0) = z, which is right
-    # by design, on to longer jumps (if F is free and k = 0, along the ODE: notebook, section 3).
+    # Why u at f: a solution of the ODE has df/ddelta = u(f, 1 - delta) [7], and the student's own f
+    # costs neither data nor a solver.
+    # Why sg: the target of [8], F - D_G = u(f, 1 - delta) - delta dF/ddelta, depends on the weights
+    # too. A gradient through it could move f to where u happens to be near v_G, and would need
+    # second derivatives.
+    # Why it still converges, though with sg no loss is minimized: f(z, 0) = z is right by design,
+    # and descent by [9] carries what is right on to longer jumps. (If F is free and k = 0, it does
+    # so exactly along the teacher's ODE: README; notebook, section 3.)
     f = z + expand(delta) * F
     return F + expand(delta) * dF - u(f, 1 - delta, y)  # [7] as a residual: D_G of [9]
 
 
 @torch.no_grad()  # sg
 def correction_gradient(v_N, u, x_r, r, y=None):
-    """Correct: D_N = v_N - u(x_r, r) of [11], (B, C, H, W). D_G checks one point of a path, D_N
+    """Correct: D_N = v_N - u(x_r, r) of [11], (B, C, H, W). D_G checks one point of a path. D_N
     compares the student's samples, as a set, with the teacher's.
 
     Why descent of F(z, 1) . D_N lowers a weighted mean of the KLs [10], if u and v_N are exact: the
@@ -185,10 +190,11 @@ def correction_gradient(v_N, u, x_r, r, y=None):
     factors of r: they only weight the mean (notebook, section 6).
 
     Why D_N need not be zero for a perfect student: s_u is the teacher's score only if u is
-    E[x - n | x_r] of its own samples. A learned u is only near it, a guided u in general is not.
+    E[x - n | x_r] over the samples x of u's own ODE. A learned u is only near this mean, a guided u
+    is in general another function.
     Why the correction has its own guidance interval: a guided u pulls even a perfect student away,
-    on digits (README) to stronger guidance, an unguided u to weaker (why, we do not know). The
-    paper guides u for r up to 0.7 only: FID (DiT-B/2) 5.6, for all r 8.7."""
+    on digits (README) to stronger guidance, and an unguided u to weaker (why, we do not know). The
+    paper guides u for r up to 0.7 only, which is in between: FID 5.6 (DiT-B/2), for all r 8.7."""
     return v_N - u(x_r, r, y)
 
 
@@ -205,8 +211,8 @@ def decay(D, k):
 class Distiller(nn.Module):
     """The paper's loss. draw draws the batch of a step, forward is its loss. (Section 6 trains it.)
     teacher: u(x, t, y), its weights stay the same. network: usually a copy of it, read as F.
-    critic: another copy, which learns v_N. Why a copy: that is near its final goal, as v_N will be
-    roughly u once the student is trained (less so with guidance). config: prediction not solver."""
+    critic: another copy, which learns v_N. So it starts near its final goal: v_N will be roughly u
+    once the student has learned (less so with guidance). config: a Config, but not of solver."""
 
     def __init__(self, network, critic, teacher, config):
         super().__init__()
@@ -234,7 +240,8 @@ class Distiller(nn.Module):
             critic_loss = (v_N - (x - n)).square().mean()
             D_N = correction_gradient(v_N, u, x_r, r, y_N)
             lambda_ = self.balance(D_G, D_N)
-            # D_N is not decayed: a factor of x_r, not of r alone, leaves no gradient of a KL.
+            # D_N is not decayed: factors of r only reweight the KLs, but decay depends on x_r, and
+            # so the result would not be the gradient of a KL.
             loss = loss + lambda_ * (F * D_N).mean() + critic_loss  # the gradient of F * D_N: [11]
             metrics |= {"correction": mean_square(D_N).mean(), "critic": critic_loss,
                         "lambda": lambda_}
@@ -253,7 +260,8 @@ class Distiller(nn.Module):
         need not be zero in the end. (With the decayed D_G their ratio would always be alpha.)"""
         if D_G is None:
             return torch.tensor(self.config.alpha, device=D_N.device)
-        norm_G, norm_N = (mean_over_processes(mean_square(D).sqrt().mean()) for D in (D_G, D_N))
+        norm_G = mean_over_processes(mean_square(D_G).sqrt().mean())
+        norm_N = mean_over_processes(mean_square(D_N).sqrt().mean())
         return self.config.alpha * norm_G / (norm_N + EPS)
 
     def draw(self, step):
@@ -271,11 +279,12 @@ class Distiller(nn.Module):
             if config.is_guided:
                 uniform = torch.rand(count, generator=g)
                 batch[f"guidance_{side}"] = 1 + (config.guidance_max - 1) * uniform
-        # Why all delta: D_G at delta = 1 alone relates f to its slope there, at all delta it makes
-        # f the path. Each of rows_G equal parts of (0, 1] has a row: so no batch misses a part.
+        # Why all delta: D_G at delta = 1 alone relates f to its slope there. At all delta it makes
+        # f the path. Each of rows_G equal parts of (0, 1] gets a row, so no batch misses a part.
         batch["delta"] = 1 - (torch.arange(rows_G) + torch.rand(rows_G, generator=g)) / rows_G
-        # Why much noise in r (median 0.69): with little, the x_r of student and teacher hardly
-        # overlap, and D_N misses modes that the student lacks. (FID: 92 for r below 0.6, here 5.6.)
+        # Why r includes much noise (median 0.69): with little of it the x_r of student and teacher
+        # hardly overlap, and D_N hardly sees modes that the student lacks. (The paper's FID: 92 if
+        # no r is above 0.6, 6.0 for uniform r, 5.6 for r_location 0.8.)
         batch["r"] = torch.sigmoid(config.r_location + torch.randn(rows_N, generator=g))
         batch["n"] = torch.randn(rows_N, *shape, generator=g)
         return batch
@@ -649,11 +658,13 @@ class Config:
         return self.guidance_max > 1
 
 
-# command            recipe  prediction  decay k  alpha  correction_share
-# toy2d              fast    solver      0.5      0.3    0.125
-# mnist --quick      paper   jvp         1        0.3    0.25
-# mnist, imagenet    paper   jvp         1        1      0.25
-# Toys are mostly trained, and measured, without labels: harder. Small t: for sharp edges.
+# What some commands get:
+#     command            recipe  prediction  decay k  alpha  correction_share
+#     toy2d              fast    solver      0.5      0.3    0.125
+#     mnist --quick      paper   jvp         1        0.3    0.25
+#     mnist, imagenet    paper   jvp         1        1      0.25
+
+# Toys are mostly trained, and measured, without labels, which is harder. Small t: sharp edges.
 TOY = {"label_dropout": 0.9, "t_location": -0.8, "alpha": 0.3, "teacher_steps": 1000, "steps": 5600,
        "teacher_learning_rate": 8e-3, "learning_rate": 3e-3, "critic_learning_rate": 2e-3}
 # The sizes of DiT-S/2. A file of --teacher has its own.
@@ -730,7 +741,7 @@ class SolverDistiller(Distiller):
     """The form solver, ours, of recipe fast. (It was tried on toys only.) In place of D_G it has
     (f(z, delta) - end) / delta, so f(z, delta) moves to `end`: where the teacher's ODE leads from
     the student's shorter jump. (For small h, without ema_target, this is (h / delta) D_G.)
-    Why it needs fewer steps: where start is right, `end` is right too, further on by a long h. (A
+    Why it needs fewer steps: where this jump is right, `end` is right too, further by a long h. (A
     row takes 4 x solver_steps evaluations of the teacher. With as many evaluations jvp is nearly as
     good.) In recipe fast half of the rows that predict have delta = 1: there the sample itself
     moves to `end`."""
@@ -874,9 +885,9 @@ def draw_noise(network, N, g=None):
 
 
 @torch.no_grad()
-def jump(student, z, y=None, guidance=None):
-    """f(z, 1), the one-step samples of noises z (B, C, H, W). y, guidance: (B,), (1,) or None."""
-    return student.f(z, z.new_ones(1), y, guidance)
+def jump(student, z, y=None, guidance=None, delta=1.0):
+    """f(z, delta), or samples f(z, 1), of z (B, C, H, W). y, guidance: (B,), (1,) or None."""
+    return student.f(z, z.new_tensor([delta]), y, guidance)
 
 
 def sample(student, N, y=None, guidance=None, generator=None):
@@ -884,18 +895,15 @@ def sample(student, N, y=None, guidance=None, generator=None):
     return jump(student, draw_noise(student.network, N, generator), y, guidance)
 
 
-@torch.no_grad()
 def student_path(student, z, points, y=None, guidance=None):
     """f(z, i / points) for i = 0 ... points, each a jump from z: (points + 1, B, C, H, W)."""
-    deltas = torch.linspace(0, 1, points + 1, dtype=z.dtype, device=z.device).split(1)
-    return torch.stack([student.f(z, delta, y, guidance) for delta in deltas])
+    return torch.stack([jump(student, z, y, guidance, i / points) for i in range(points + 1)])
 
 
 def search_noise(student, reward, N, y=None, guidance=None, generator=None, keep=1):
-    """Draw N noises, return those `keep` whose samples have the largest rewards, best first.
-    reward: (N, C, H, W) -> (N,). y, guidance: (1,) or None. The paper's inference-time scaling: a
-    noise costs one evaluation. If the endpoint error is small, the teacher's samples from the best
-    noises are nearly the same."""
+    """The `keep` of N noises whose samples have the largest rewards, best first. The paper's
+    inference-time scaling: one evaluation a noise, and the teacher has nearly the same samples, if
+    the endpoint error is small. reward: (N, C, H, W) -> (N,). y, guidance: (1,) or None."""
     z = draw_noise(student.network, N, generator)
     rewards = reward(jump(student, z, y, guidance)).view(N)
     return z[rewards.topk(keep).indices]
@@ -915,60 +923,66 @@ def sliced_w2(a, b, count=128):
     return (a - b).square().mean().sqrt().item()
 
 
-def conditions(network, config, N):
-    """Label and strength of N samples that are measured. Labels: 0, 1, 2, ... in turn (N,). Without
-    guidance and with label_dropout above 0.5, the null label (1,). Strength: (1,), or None."""
-    y = torch.arange(N, device=device_of(network)) % max(1, network.num_classes)
+def draw_inputs(network, config, N, g):
+    """Noises, labels and strength of N samples to measure. Labels: 0, 1, 2, ... in turn (N,), but
+    without guidance and with label_dropout > 0.5 the null label (1,). Strength: (1,) or None."""
+    z = draw_noise(network, N, g)
+    y = torch.arange(N, device=z.device) % max(1, network.num_classes)
     if config.is_guided:
-        return y, torch.tensor([config.guidance], device=y.device)
+        return z, y, z.new_tensor([config.guidance])
     if config.label_dropout > 0.5:
-        y = torch.full_like(y[:1], network.num_classes)
-    return y, None
+        y = y.new_tensor([network.num_classes])
+    return z, y, None
 
 
 def endpoint_score(teacher, network, config):
     """Returns score(learned), a student's endpoint error. The teacher's paths are solved once."""
     N = max(64, 2000 // math.prod(network.shape))
-    y, strength = conditions(network, config, N)
+    z, y, strength = draw_inputs(network, config, N, generator(config.seed, EVALUATION, 0))
     u = guided(teacher, strength, config.guidance_interval)
-    z = draw_noise(network, N, generator(config.seed, EVALUATION, 0))
     phi = solve_ode(u, z, PATH_STEPS, "rk4", y)
     return lambda learned: relative_error(jump(FlowMap(learned), z, y, strength), phi)
 
 
 def evaluate(student, teacher, data, config, out, log):
     """Compare student and teacher: metrics.json, pictures, and the main numbers on the screen.
-    Endpoint error: from the student's sample to the end of the teacher's path from the same noise.
-    SW2: from the student's samples to the teacher's from other noises, divided by its floor, the
-    SW2 of two such sets of the teacher. "SW2 to data" is divided by the SW2 of two sets of data."""
+    Endpoint error: f(z, 1) and phi(z, 1) from the same z. SW2: the student's samples and the
+    teacher's from other z, divided by its floor, the SW2 of two such sets of the teacher. "SW2 to
+    data" is divided by the SW2 of two sets of data."""
     N, network = config.eval_samples, student.network
-    y, strength = conditions(network, config, N)
+    z, y, strength = draw_inputs(network, config, 2 * N, generator(config.seed, EVALUATION, 1))
     u = guided(teacher, strength, config.guidance_interval)
-    z, other_z = draw_noise(network, 2 * N, generator(config.seed, EVALUATION, 1)).chunk(2)
     few = slice(max(128, 2000 // math.prod(network.shape)))
     path = solve_ode(u, z[few], PATH_STEPS, "rk4", y[few], return_path=True).cpu()
     jumps = student_path(student, z[few], PATH_STEPS, y[few], strength).cpu()
     errors = [relative_error(a, b) for a, b in zip(jumps, path)]
-    sets = {"teacher": in_batches(lambda z, y: solve_ode(u, z, SET_STEPS, "rk4", y), z, y),
-            "student": in_batches(lambda z, y: jump(student, z, y, strength), z, y)}
-    others = in_batches(lambda z, y: solve_ode(u, z, SET_STEPS, "rk4", y), other_z, y)
-    floor = sliced_w2(sets["teacher"], others)
-    ratio = sliced_w2(sets["student"], others) / floor
+    ends, other_ends = in_batches(lambda z, y: solve_ode(u, z, SET_STEPS, "rk4", y), z, y).chunk(2)
+    x = in_batches(lambda z, y: jump(student, z, y, strength), z[:N], y[:N])
     nfe = SET_STEPS * METHODS["rk4"] * (1 + config.is_guided)
-    print(f"endpoint error {errors[-1]:.4f} of the spread (0 is exact); SW2 {ratio:.3f} times its "
-          f"floor (1 is the goal); 1 evaluation instead of {nfe}")
+    sets = {f"teacher: {nfe} evaluations": ends, "student: 1 evaluation": x}
+    floor = sliced_w2(ends, other_ends)
+    ratio = sliced_w2(x, other_ends) / floor
     metrics = {"endpoint_error": errors[-1], "error_along_path": errors, "sw2_floor": floor,
                "sw2_ratio": ratio, "log": log, "teacher_nfe": nfe, "config": vars(config)}
+    print(f"endpoint error {errors[-1]:.4f} of the spread (0 is exact); SW2 {ratio:.3f} times its "
+          f"floor (1 is the goal); 1 evaluation instead of {nfe}")
     if data is not None:
         x, other_x = data.draw(2 * N, generator(config.seed, EVALUATION, 2))[0].chunk(2)
         sets = {"data": x, **sets}
         data_floor = sliced_w2(x, other_x) or 1.0  # 0 if all data is the same
-        for name, drawn in sets.items():
+        for title, drawn in sets.items():
+            name = title.split(":")[0]
             covered = data.coverage(drawn) if data.has_velocity else {}
             metrics[name] = {"SW2 to data": sliced_w2(drawn, other_x) / data_floor, **covered}
             print(f"{name:>8}:", ", ".join(f"{k} {v:.3f}" for k, v in metrics[name].items()))
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    save_pictures(metrics, sets, path, jumps, out)
+    plot_samples(sets).savefig(out / "comparison.png", dpi=120)
+    plot = plot_paths if path.shape[-1] == 1 else plot_filmstrip
+    plot(path, jumps).savefig(out / "paths.png", dpi=120)
+    plot_error(errors).savefig(out / "error.png", dpi=120)
+    plot_losses(log).savefig(out / "losses.png", dpi=120)
+    animate_paths(path, jumps).save(out / "paths.gif", writer="pillow", fps=10, dpi=86)
+    print(f"pictures and metrics.json are in {out}")
 
 
 # 8. Pictures -------------------------------------------------------------------------------------
@@ -980,54 +994,43 @@ COLORS = {"data": "#4d4d4d", "teacher": "#2166ac", "student": "#e08214", "critic
 PLANE = {"xticks": [], "yticks": [], "xlim": (-2.6, 2.6), "ylim": (-2.6, 2.6), "aspect": "equal"}
 
 
-def draw_set(axis, x, name, columns=6):
-    """The first 4000 points, or columns^2 pictures in [-1, 1], of x (N, C, H, W)."""
-    if x.shape[-1] == 1:
-        axis.scatter(*x[:4000].flatten(1).T, s=3, linewidths=0, alpha=0.6, color=COLORS.get(name))
-        axis.set(**PLANE)
-        return
-    if x.shape[1] not in (1, 3):  # latents
-        x = x[:, [0, 1, 2 % x.shape[1]]] / 2
-    picture = utils.make_grid(x[: columns**2], columns, padding=1, pad_value=1).clamp(-1, 1)
-    axis.imshow(picture.permute(1, 2, 0).numpy() / 2 + 0.5, interpolation="nearest")
-    axis.set(xticks=[], yticks=[])
-
-
 def plot_samples(samples, figure=None):
-    """Samples (N, C, H, W) by title ("data", "teacher: 32 evaluations"), side by side."""
+    """Samples (N, C, H, W) by title ("data", "teacher: 32 evaluations"), side by side: the first
+    4000 points, or 36 pictures in [-1, 1]."""
     figure = figure or Figure((4 * len(samples), 4.3), layout="constrained")
-    axes = figure.subplots(1, len(samples), squeeze=False)[0]
-    for axis, (title, x) in zip(axes, samples.items()):
-        draw_set(axis, x, title.split(":")[0])
-        axis.set_title(title, fontsize=13)
+    for i, (title, x) in enumerate(samples.items(), 1):
+        axis = figure.add_subplot(1, len(samples), i, title=title, xticks=[], yticks=[])
+        if x.shape[-1] == 1:
+            color = COLORS.get(title.split(":")[0])
+            axis.scatter(*x[:4000].flatten(1).T, s=3, lw=0, alpha=0.6, color=color)
+            axis.set(**PLANE)
+            continue
+        if x.shape[1] not in (1, 3):  # latents
+            x = x[:, [0, 1, 2 % x.shape[1]]] / 2
+        grid = utils.make_grid(x[:36], 6, 1, normalize=True, value_range=(-1, 1), pad_value=1)
+        axis.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
     return figure
 
 
-def plot_filmstrip(teacher_path, student_path, lines=4):
-    """Nine pictures of the teacher's path, f(z, delta) under them. Paths: (steps, B, C, H, W)."""
-    at = np.linspace(0, len(teacher_path) - 1, 9).round().astype(int)
-    axes = Figure((9, 2 * lines), layout="constrained").subplots(2 * lines, 1)
-    for first, name, path in (0, "teacher", teacher_path), (1, "student", student_path):
-        for i, axis in enumerate(axes[first::2]):
-            draw_set(axis, path[at, i], name, columns=9)
-            axis.set_ylabel(name, color=COLORS[name])
-    axes[0].set_title("   ".join(f"δ = {i / at[-1]:.2f}" for i in at), fontsize=11)
-    return axes[0].figure
+def plot_filmstrip(teacher_path, student_path):
+    """Six of the teacher's paths, and f(z, delta), one in a row. Both are (steps, B, C, H, W)."""
+    at = np.linspace(0, len(teacher_path) - 1, 6, dtype=int)
+    paths = {"teacher: ODE, δ from 0 to 1": teacher_path, "student: f(z, δ)": student_path}
+    return plot_samples({k: v[at, :6].transpose(0, 1).flatten(0, 1) for k, v in paths.items()})
 
 
 def plot_paths(teacher_path, student_path, lines=40):
     """The first `lines` of the teacher's paths, f(z, delta) over them, (steps, B, 2, 1, 1)."""
-    paths = {"teacher": teacher_path[:, :lines], "student": student_path[:, :lines]}
+    teacher = teacher_path[:, :lines, :, 0, 0].permute(2, 0, 1)  # (2, steps, lines)
+    student = student_path[:, :lines, :, 0, 0].permute(2, 0, 1)
     axis = Figure((7, 7.3), layout="constrained").subplots()
     axis.scatter(*teacher_path[-1].flatten(1).T, s=4, lw=0, color=COLORS["teacher"], alpha=0.15)
-    for (name, path), width, alpha in zip(paths.items(), (4, 1.2), (0.4, 1)):
-        style = {"color": COLORS[name], "alpha": alpha}
-        axis.plot(*path[..., 0, 0].permute(2, 0, 1), lw=width, **style)
-        axis.scatter(*path[-1].flatten(1).T, s=18 * width, lw=0, zorder=3, label=name, **style)
-    axis.scatter(*paths["teacher"][0].flatten(1).T, s=20, color="black", zorder=4, label="noise z")
-    axis.set_title("Teacher's ODE path and student's jumps f(z, δ), same noises", fontsize=13)
-    axis.legend(loc="upper left", fontsize=11, framealpha=0.9)
-    axis.set(**PLANE)
+    axis.plot(*teacher, "o-", markevery=[-1], lw=4, ms=8, alpha=0.4, color=COLORS["teacher"])
+    axis.plot(*student, "o-", markevery=[-1], lw=1.2, ms=4, color=COLORS["student"])
+    axis.plot(*teacher[:, 0], "o", ms=4, color="black")
+    first_of_each = axis.lines[:: teacher.shape[2]]
+    axis.legend(first_of_each, ["teacher", "student", "noise z"], loc="upper left")
+    axis.set(title="Teacher's ODE path and student's jumps f(z, δ), same noises", **PLANE)
     return axis.figure
 
 
@@ -1054,7 +1057,7 @@ def plot_losses(log):
 def animate_paths(teacher_path, student_path, frames=20):
     """Noise becoming data along both paths, (steps, B, C, H, W): an animation."""
     figure = Figure((7.2, 4), layout="constrained")
-    steps = np.linspace(0, len(teacher_path) - 1, frames).round().astype(int).tolist()
+    steps = np.linspace(0, len(teacher_path) - 1, frames, dtype=int).tolist()
 
     def show(i):
         figure.clear()
@@ -1063,19 +1066,6 @@ def animate_paths(teacher_path, student_path, frames=20):
                       f"student: one jump to {delta}": student_path[i]}, figure)
 
     return FuncAnimation(figure, show, frames=steps + steps[-1:] * 5)  # the end is held
-
-
-def save_pictures(metrics, sets, path, jumps, out):
-    """All pictures of a run, from what evaluate measures."""
-    counts = {"teacher": f": {metrics['teacher_nfe']} evaluations", "student": ": 1 evaluation"}
-    titled = {name + counts.get(name, ""): x for name, x in sets.items()}
-    plot = plot_paths if path.shape[-1] == 1 else plot_filmstrip
-    plot_samples(titled).savefig(out / "comparison.png", dpi=110)
-    plot(path, jumps).savefig(out / "paths.png", dpi=110)
-    plot_error(metrics["error_along_path"]).savefig(out / "error.png", dpi=110)
-    plot_losses(metrics["log"]).savefig(out / "losses.png", dpi=110)
-    animate_paths(path, jumps).save(out / "paths.gif", writer="pillow", fps=10, dpi=80)
-    print(f"pictures and metrics.json are in {out}")
 
 
 # 9. Files -----------------------------------------------------------------------------------------
@@ -1143,8 +1133,9 @@ def open_data(config):
         mean_over_processes(torch.zeros(1))
         found = source(config.data)
     x = np.asarray(found.data).reshape(*found.data.shape[:3], -1).transpose(0, 3, 1, 2)  # NCHW
-    copies = [x, x[..., ::-1]] if config.dataset == "cifar10" else [x]  # and its mirror images
-    return ImageData(np.concatenate(copies), np.tile(found.targets, len(copies)), 10)
+    if config.dataset == "cifar10":  # and its mirror images
+        return ImageData(np.concatenate([x, x[..., ::-1]]), 2 * list(found.targets), 10)
+    return ImageData(x, found.targets, 10)
 
 
 def load_network(path, kind, device="cpu", teacher_format="", num_heads=0):
@@ -1452,12 +1443,11 @@ def run_sampling(given, device):
     theirs = {k: v for k, v in file["config"].items() if hasattr(Config, k)}  # of this version
     config = Config(**{**theirs, **given})
     N = config.samples
-    y, strength = conditions(network, config, N)
+    z, y, strength = draw_inputs(network, config, N, generator(config.sample_seed, SAMPLING))
     if config.classes:
         with explained(f"--classes: {out} has {network.num_classes} labels: give some, as 0,1"):
             labels = [range(network.num_classes).index(int(v)) for v in config.classes.split(",")]
         y = torch.tensor(np.resize(labels, N), device=device)  # repeated in turn
-    z = draw_noise(network, N, generator(config.sample_seed, SAMPLING))
     x = in_batches(lambda z, y: jump(FlowMap(network), z, y, strength), z, y)
     rows = x.permute(0, 2, 3, 1).numpy()
     if config.dataset == "toy2d":  # in the user's coordinates
@@ -1465,7 +1455,7 @@ def run_sampling(given, device):
     elif config.dataset != "imagenet":
         rows = (127.5 * (rows + 1)).clip(0, 255).astype(np.uint8)
     save(out / "samples.npz", lambda file: np.savez(file, rows, y.expand(N).cpu().numpy()))
-    plot_samples({"student": x}).savefig(out / "samples.png", dpi=110)
+    plot_samples({"student": x}).savefig(out / "samples.png", dpi=120)
     print(f"{N} samples of step {file['step']} of {config.steps}: samples.npz and .png in {out}")
 
 
@@ -1490,7 +1480,7 @@ def main(argv=None):
     except (Exception, KeyboardInterrupt) as e:
         if given.get("debug"):
             raise
-        status = 2 if isinstance(e, WrongCommand) else 1
+        status = {WrongCommand: 2}.get(type(e), 1)
         line = f"{type(e).__name__}: {e} (--debug shows where)"
         if isinstance(e, UserError):
             line = str(e)

@@ -851,11 +851,12 @@ def test_computing_in_parts_and_conditions():
     assert torch.equal(fmd.in_batches(f, z, y[7:8]), f(z, y[7:8]))
     fmd.in_batches(f, torch.zeros(5, 4, 128, 128), y[:1])
     assert sizes == [4000, 4000, 1000, 9000] * 2 + [2, 2, 1]
-    y, strength = fmd.conditions(network, fmd.Config(guidance_max=3.0, guidance=2.0), 5)
+    inputs = functools.partial(fmd.draw_inputs, network, N=5, g=None)
+    _, y, strength = inputs(fmd.Config(guidance_max=3.0, guidance=2.0))
     assert y.tolist() == [0, 1, 2, 0, 1] and strength.tolist() == [2.0]
-    y, strength = fmd.conditions(network, fmd.Config(label_dropout=0.9), 5)
-    assert y.tolist() == [3] and strength is None
-    y, strength = fmd.conditions(network, fmd.Config(label_dropout=0.9, guidance_max=3.0), 5)
+    z, y, strength = inputs(fmd.Config(label_dropout=0.9))
+    assert z.shape == (5, 2, 1, 1) and y.tolist() == [3] and strength is None
+    _, y, strength = inputs(fmd.Config(label_dropout=0.9, guidance_max=3.0))
     assert len(y) == 5 and strength.tolist() == [1.0]  # the null label would hide the guidance
 
 
@@ -913,7 +914,8 @@ def test_the_default_command_end_to_end(finished, capsys):
     student = fmd.load_student(finished / "student.pt")
     g = fmd.generator(0, fmd.EVALUATION, 1)
     z, other = torch.randn(128, 2, 1, 1, generator=g).chunk(2)
-    error = fmd.relative_error(fmd.jump(student, z), fmd.solve_ode(teacher, z, 32, "rk4"))
+    both = torch.cat([z, other])  # of at most 1000 noises
+    error = fmd.relative_error(fmd.jump(student, both), fmd.solve_ode(teacher, both, 32, "rk4"))
     assert metrics["endpoint_error"] == pytest.approx(error, rel=1e-3)
     floor = fmd.sliced_w2(*(fmd.solve_ode(teacher, v, 8, "rk4") for v in (z, other)))
     assert metrics["sw2_floor"] == pytest.approx(floor, rel=1e-3)
@@ -1758,9 +1760,12 @@ def test_pictures_show_what_they_are_given():
         np.testing.assert_allclose(axis.collections[0].get_facecolor(), [color])
         assert axis.get_xlim() == axis.get_ylim() == (-2.6, 2.6) and axis.get_aspect() == 1
     figure = fmd.plot_paths(path, jumps, lines=3)
-    lines = [line.get_xydata() for line in figure.axes[0].lines]
+    *lines, noises = [line.get_xydata() for line in figure.axes[0].lines]
     expected = torch.cat([path[:, :3], jumps[:, :3]], 1)[..., 0, 0].transpose(0, 1)
     np.testing.assert_allclose(lines, expected)
+    np.testing.assert_allclose(noises, expected[:3, 0])
+    names = [text.get_text() for text in figure.axes[0].get_legend().texts]
+    assert names == ["teacher", "student", "noise z"]
     animation = fmd.animate_paths(path, jumps, frames=5)
     animation._func(2)
     for axis, x in zip(animation._fig.axes, (path[2], jumps[2])):
@@ -1774,14 +1779,14 @@ def test_pictures_show_what_they_are_given():
     assert curves == [[[1, 2.0]], [[5, 0.5]], [], [[5, 0.1]]]
     names = ["teacher", "student", "critic", "student"]
     assert [axis.lines[0].get_color() for axis in axes] == [fmd.COLORS[name] for name in names]
-    path, jumps = torch.rand(2, 9, 5, 1, 4, 4) * 2 - 1
-    strips = [axis.images[0] for axis in fmd.plot_filmstrip(path, jumps, lines=2).axes]
-    for strip, x in zip(strips, (path[:, 0], jumps[:, 0], path[:, 1], jumps[:, 1])):
-        image = strip.get_array()
-        assert strip.get_extent() == [*strip.axes.get_xlim(), *strip.axes.get_ylim()]
-        assert strip.get_interpolation() == "nearest"
-        np.testing.assert_allclose(image[1:5, 1:5, 0], x[0, 0] / 2 + 0.5, atol=1e-6)
-        np.testing.assert_allclose(image[1:5, -5:-1, 0], x[-1, 0] / 2 + 0.5, atol=1e-6)
+    path, jumps = torch.rand(2, 11, 3, 1, 4, 4) * 2 - 1
+    for axis, states in zip(fmd.plot_filmstrip(path, jumps).axes, (path, jumps)):
+        (grid,) = axis.images
+        assert grid.get_extent() == [*axis.get_xlim(), *axis.get_ylim()]
+        assert grid.get_interpolation() == "nearest" and grid.get_array().shape == (16, 31, 3)
+        for noise, step in (0, 0), (0, 10), (2, 4):
+            corner = grid.get_array()[5 * noise + 1 :, 5 * step // 2 + 1 :, 0]
+            np.testing.assert_allclose(corner[:4, :4], states[step, noise, 0] / 2 + 0.5, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(7, 1, 5, 5), (7, 2, 4, 4), (3, 5, 3, 3)])
@@ -1792,7 +1797,7 @@ def test_latents_of_any_shape_are_shown(shape, caplog, tmp_path):
     image = figure.axes[0].images[0].get_array()[1 : 1 + shape[2], 1 : 1 + shape[2], 2]
     last = path[-1, 0, 2 % shape[1]] / (1 if shape[1] == 1 else 2)  # latents are halved
     np.testing.assert_allclose(image, last.clamp(-1, 1) / 2 + 0.5, atol=1e-6)
-    fmd.plot_filmstrip(path, path, lines=2).savefig(tmp_path / "paths.png")
+    fmd.plot_filmstrip(path, path).savefig(tmp_path / "paths.png")
     fmd.animate_paths(path, path, frames=2).save(tmp_path / "paths.gif", writer="pillow")
     assert not caplog.records  # matplotlib's, about limits that do not fit
 
