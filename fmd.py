@@ -22,11 +22,11 @@ Shapes: x, z, n are images (B, C, H, W) of d = C H W values; a point of the plan
     t, delta, r, guidance are (B,), or (1,) if one value serves all. y is int64, (B,) or (1,).
 The paper's equations, with theta the student's weights
     [7] v_G = u(f, 1 - delta)                     [8] the loss 1/2 E||F - sg(F - D_G)||^2
-    [9] its gradient, E[(dF/dtheta)^T D_G]        [10] KL(student's x_r || teacher's x_r) at each r
+    [9] its gradient, E[(dF/dtheta)^T D_G]        [10] KL(student's x_r || teacher's, noised alike)
     [11] its gradient, E[(dF/dtheta)^T D_N], up to a weight for each r, if u and v_N are exact
 
 Commands to paste (ImageNet: README); the same command continues a run that was interrupted
-    python fmd.py --dataset toy2d          # by our recipe (section 6); --recipe paper: the paper's
+    python fmd.py --dataset toy2d          # by our recipe (section 5); --recipe paper: the paper's
     python fmd.py --dataset mnist --quick  # digits with guidance, on two cores
 """
 
@@ -61,7 +61,7 @@ from tqdm import tqdm
 # A teacher is any function u(x, t, y=None) that returns a velocity.
 # Why from noise alone: a guided or imperfect teacher passes through states that noised data rarely
 # reach (the teacher-data mismatch). A student that trains on noised data, as MeanFlow (arXiv
-# 2505.13447), learns them less well. At t = 1 the states of any teacher are known: noise, N(0, I).
+# 2505.13447) does, rarely sees them. At t = 1 the states of any teacher are known: noise, N(0, I).
 # From there on the student makes its states itself: u is evaluated at its own f.
 
 METHODS = {"euler": 1, "heun": 2, "rk4": 4}  # evaluations of u in a step of solve_ode
@@ -80,14 +80,14 @@ def interpolate(x, n, t):
 
 class FlowMap:
     """The student: a network, read as F. It starts with the teacher's weights: then F(z, 0) =
-    u(z, 1), a path's first slope (without guidance)."""
+    u(z, 1), the first slope of an unguided path."""
 
     def __init__(self, network):
         self.network = network
 
     def F(self, z, delta, y=None, guidance=None):
         """F(z, delta), (B, C, H, W), for delta in [0, 1]. The network's input is always the noise
-        z: the state at delta is what f has to learn. Its time, 1 - delta, is the jump's end."""
+        z: the state at delta is what f has to learn. The time input is where the jump ends."""
         return self.network(z, 1 - delta, y, guidance)
 
     def f(self, z, delta, y=None, guidance=None):
@@ -144,14 +144,14 @@ def mean_square(D):
 @torch.no_grad()  # sg: D_G is a constant. (jvp does not need a graph.)
 def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp", spacing=0.005):
     """Predict: D_G = v_G - u(f, 1 - delta), (B, C, H, W), with v_G = F + delta dF/ddelta. If it is
-    0 for all z and delta [7], f solves the teacher's ODE from z, whose only solution is phi.
+    0 for all z and delta [7], f solves the teacher's ODE from f(z, 0) = z: only phi does.
     form: how dF/ddelta is computed, "jvp" (forward mode, exact) or "difference" (of F at delta +
     spacing and delta - spacing, one-sided at the ends). Raises ValueError for another form.
 
-    Why a small D_G can leave a large error e = f - phi: errors are carried along the path, as in a
-    solver. They grow between modes, where paths part, and mostly shrink inside of one, at the rate
-    L = <e, u(f, 1 - delta) - u(phi, 1 - delta)> / ||e||^2. At delta = 1 (Gronwall) ||e|| is at most
-    the integral over delta of ||D_G|| exp(integral of L from delta to 1): notebook, section 5."""
+    Why a small D_G can leave a large error e = f - phi: de/ddelta = D_G + u(f, 1 - delta) - u(phi,
+    1 - delta). By this difference of u errors grow between modes, where paths part, and mostly
+    shrink inside of one. With L = <e, the difference> / ||e||^2, ||e|| at delta = 1 is at most
+    (Gronwall) the integral of ||D_G|| exp(integral of L from delta to 1): notebook, section 5."""
     # Why a partial derivative: z is fixed, and only the end of the jump moves with delta. (In
     # MeanFlow the start moves, so its derivative also has a term (dF/dx_t) dx_t/dt.)
     if form == "jvp":
@@ -167,13 +167,14 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     else:
         raise ValueError(f"prediction_gradient: {form} is not jvp or difference")
     # Why u at f: a solution of the ODE has df/ddelta = u(f, 1 - delta) [7], and the student's own f
-    # costs neither data nor a solver.
+    # costs neither data nor a solver. While f is wrong, u is evaluated at a wrong place, and errors
+    # may compound: hence the correction.
     # Why sg: the target of [8], F - D_G = u(f, 1 - delta) - delta dF/ddelta, depends on the weights
     # too. A gradient through it could move f to where u happens to be near v_G, and would need
     # second derivatives.
     # Why it still converges, though with sg no loss is minimized: f(z, 0) = z is right by design,
-    # and descent by [9] carries what is right on to longer jumps. (If F is free and k = 0, it does
-    # so exactly along the teacher's ODE: README; notebook, section 3.)
+    # and descent by [9] carries what is right on to longer jumps. (Exactly along the teacher's ODE,
+    # if F can change freely at each z and delta, and k = 0: README; notebook, section 3.)
     f = z + expand(delta) * F
     return F + expand(delta) * dF - u(f, 1 - delta, y)  # [7] as a residual: D_G of [9]
 
@@ -185,16 +186,16 @@ def correction_gradient(v_N, u, x_r, r, y=None):
 
     Why descent of F(z, 1) . D_N lowers a weighted mean of the KLs [10], if u and v_N are exact: the
     gradient of the KL at r is E[(dx_r/dtheta)^T (s - s_u)], s and s_u the scores (gradients of log
-    p) of student and teacher. By Tweedie's formula s = ((1 - r) v_N - x_r) / r, and s_u is the same
-    with u, so s - s_u = (1 - r) / r D_N. And dx_r/dtheta = (1 - r) dF/dtheta. [11] leaves out the
-    factors of r: they only weight the mean (notebook, section 6).
+    p) of student and teacher. By Tweedie's formula s = -E[n | x_r] / r = ((1 - r) v_N - x_r) / r,
+    and s_u is the same with u, so s - s_u = (1 - r) / r D_N. And dx_r/dtheta = (1 - r) dF/dtheta.
+    [11] leaves out the factors of r: they only weight the mean (notebook, section 6).
 
     Why D_N need not be zero for a perfect student: s_u is the teacher's score only if u is
     E[x - n | x_r] over the samples x of u's own ODE. A learned u is only near this mean, a guided u
     is in general another function.
     Why the correction has its own guidance interval: a guided u pulls even a perfect student away,
-    on digits (README) to stronger guidance, and an unguided u to weaker (why, we do not know). The
-    paper guides u for r up to 0.7 only, which is in between: FID 5.6 (DiT-B/2), for all r 8.7."""
+    on digits (README) to stronger guidance, and an unguided u to weaker, to its own samples. The
+    paper guides u for r up to 0.7 only, in between these two: FID 5.6 (DiT-B/2), for all r 8.7."""
     return v_N - u(x_r, r, y)
 
 
@@ -203,8 +204,8 @@ def decay(D, k):
     What k does: a residual of size m, m^2 = ||D||^2 / d well above eps, gets the size m^(1 - 2k).
     At k = 0 large ones dominate the gradient, at 1/2 all count equally, at 1 large ones count less.
     Why: the paper's FID (DiT-B/2) is 43.5, 10.6, 5.6 for k = 0, 1/2, 1; without correction about 12
-    for each. Our explanation, from toys and with our lambda (see balance): for small residuals the
-    correction, with its critic's errors, has most weight at k = 0 (notebook, section 7)."""
+    for each. Our explanation, from toys and with our lambda (see balance): where residuals are
+    small, the correction, with its critic's errors, weighs most at k = 0 (notebook, section 7)."""
     return D / expand((mean_square(D) + EPS) ** k)
 
 
@@ -212,7 +213,7 @@ class Distiller(nn.Module):
     """The paper's loss. draw draws the batch of a step, forward is its loss. (Section 6 trains it.)
     teacher: u(x, t, y), its weights stay the same. network: usually a copy of it, read as F.
     critic: another copy, which learns v_N. So it starts near its final goal: v_N will be roughly u
-    once the student has learned (less so with guidance). config: a Config, but not of solver."""
+    once the student has learned (less so with guidance). config: its prediction is not solver."""
 
     def __init__(self, network, critic, teacher, config):
         super().__init__()
@@ -227,7 +228,8 @@ class Distiller(nn.Module):
             F = student.F(z_G, delta, y_G, guidance_G)  # with a graph, for the loss
             D_G = self.residual(student, u, F, z_G, delta, y_G, guidance_G, h)  # of [9]
             metrics["prediction"] = mean_square(D_G).mean()
-            # Why F * sg(D): at k = 0 its gradient is [9], up to 1/d. Its value means nothing.
+            # Why F * sg(D): its gradient is [9], up to 1/d (k = 0) or a weight of each sample. Its
+            # value means nothing.
             loss = (F * decay(D_G, config.decay)).mean()
         if len(z_N):  # Correct, at delta = 1: the paper found no gain at other delta
             u = guided(self.teacher, guidance_N, config.correction_interval)
@@ -255,9 +257,10 @@ class Distiller(nn.Module):
         """lambda = alpha E|D_G| / (E|D_N| + eps), |D| = ||D|| / sqrt(d); alpha if D_G is None.
 
         Why lambda: the sizes of D_G and D_N change in training. Why D_G before its decay (our
-        choice): if all |D_G| are m, the correction has the size alpha m, and the decayed prediction
-        m / (m^2 + eps)^k. So for k > 0 the correction fades beside it as m falls. It should, as D_N
-        need not be zero in the end. (With the decayed D_G their ratio would always be alpha.)"""
+        choice): if all |D_G| are m, the correction has the size alpha m, the decayed prediction
+        m / (m^2 + eps)^k, and their ratio is alpha (m^2 + eps)^k. So for k > 0 the correction fades
+        as m falls. It should, as D_N need not be zero in the end. (With the decayed D_G the ratio
+        would always be alpha.)"""
         if D_G is None:
             return torch.tensor(self.config.alpha, device=D_N.device)
         norm_G = mean_over_processes(mean_square(D_G).sqrt().mean())
@@ -294,7 +297,7 @@ class Distiller(nn.Module):
 class GaussianMixture(nn.Module):
     """Equally likely Gaussians N(means[k], blur^2 I): data, its exact velocity, and its support.
     means: (K, d); blur > 0; labels: (K,) int64 below num_classes, all 0 without classes. center,
-    scale: numbers or lists of d. In the user's coordinates x is the point center + scale x."""
+    scale: numbers or lists of d. x stands for the user's point center + scale x."""
 
     def __init__(self, means, blur, labels, num_classes, center=0.0, scale=1.0):
         super().__init__()
@@ -661,6 +664,7 @@ class Config:
 # What some commands get:
 #     command            recipe  prediction  decay k  alpha  correction_share
 #     toy2d              fast    solver      0.5      0.3    0.125
+#     toy2d              paper   jvp         1        0.3    0.25
 #     mnist --quick      paper   jvp         1        0.3    0.25
 #     mnist, imagenet    paper   jvp         1        1      0.25
 
@@ -678,7 +682,7 @@ PRESETS = {"toy2d": TOY, "mnist": PICTURES,
                         "eval_samples": 2000, "activation_checkpointing": True}}
 # Of the recipe "paper" the paper gives prediction, decay, alpha (0.3 to 3 work), correction_share,
 # r_location, and in PICTURES correction_interval. The rest is ours.
-RECIPES = {"paper": {},  # the defaults of Config
+RECIPES = {"paper": {},  # nothing beyond PRESETS
            "fast": {"prediction": "solver", "decay": 0.5, "delta_scale": 2.0, "ema_target": True,
                     "correction_share": 0.125, "steps": 1400, "learning_rate": 0.01}}  # for toys
 # Minutes on two cores. With these learning rates alpha 1 is unstable on digits.
@@ -691,7 +695,7 @@ QUICK = {"toy2d": {"teacher_steps": 300, "steps": 300}, "mnist": SMALL, "cifar10
 
 def make_config(dataset="toy2d", recipe="", quick=False, **given):
     """The settings of a data set. recipe: "paper" or "fast". A later one wins: Config's defaults,
-    PRESETS (the data set), RECIPES (the algorithm), QUICK (the size), guidance, given."""
+    PRESETS (the data), RECIPES (the algorithm), QUICK (the size), dropout for guidance, given."""
     recipe = recipe or ("fast" if dataset == "toy2d" else "paper")
     sizes = QUICK.get(dataset, {}) if quick else {}
     settings = {**PRESETS[dataset], **RECIPES[recipe], **sizes}
@@ -739,12 +743,11 @@ def device_of(network):
 
 class SolverDistiller(Distiller):
     """The form solver, ours, of recipe fast. (It was tried on toys only.) In place of D_G it has
-    (f(z, delta) - end) / delta, so f(z, delta) moves to `end`: where the teacher's ODE leads from
-    the student's shorter jump. (For small h, without ema_target, this is (h / delta) D_G.)
+    (f(z, delta) - end) / delta: f(z, delta) moves to `end`, where the teacher's ODE leads from the
+    student's jump to delta - h. (For small h, without ema_target, this is about (h / delta) D_G.)
     Why it needs fewer steps: where this jump is right, `end` is right too, further by a long h. (A
     row takes 4 x solver_steps evaluations of the teacher. With as many evaluations jvp is nearly as
-    good.) In recipe fast half of the rows that predict have delta = 1: there the sample itself
-    moves to `end`."""
+    good.) In recipe fast half of the rows that predict have delta = 1, where samples come from."""
 
     ema_student = None  # set by train for ema_target: a FlowMap of averaged weights
 
@@ -838,8 +841,8 @@ def train(module, config, state=None):
     if config.ema_target:
         module.ema_student = FlowMap(state.ema)
     device = device_of(module.network)
-    # Why DDP wraps the loss: it averages gradients only if its own forward is called. A DDP of
-    # module.network alone would be passed by: it would average nothing, with no warning.
+    # Why DDP wraps the loss: it averages gradients only if its own forward is called. A DDP beside
+    # it, of module.network, which the loss calls, would average nothing, with no warning.
     parallel = module
     if WORLD > 1:  # bucket_view: no second copy of the gradients
         parallel = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
@@ -851,7 +854,7 @@ def train(module, config, state=None):
             part = {name: v[first :: WORLD * count].to(device) for name, v in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16"):
                 loss, metrics = parallel(**part)
-            # DDP averages all of .grad. What earlier parts left there is equal in all already.
+            # DDP averages all of .grad. What earlier parts left stays: it is equal in all.
             (loss / count).backward()
             values.append(torch.stack([loss, *metrics.values()]).detach())
         loss, *means = mean_over_processes(torch.stack(values).mean(0))
