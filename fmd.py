@@ -736,18 +736,13 @@ def mean_over_processes(v):
     return v
 
 
-def device_of(network):
-    """The device of a network's weights, or of a mixture's means."""
-    return next(iter(network.state_dict().values())).device
-
-
 class SolverDistiller(Distiller):
     """The form solver, ours, of recipe fast. (It was tried on toys only.) In place of D_G it has
     (f(z, delta) - end) / delta: f(z, delta) moves to `end`, where the teacher's ODE leads from the
     student's jump to delta - h. (For small h, without ema_target, this is about (h / delta) D_G.)
-    Why it needs fewer steps: where this jump is right, `end` is right too, further by a long h. (A
-    row takes 4 x solver_steps evaluations of the teacher. With as many evaluations jvp is nearly as
-    good.) In recipe fast half of the rows that predict have delta = 1, where samples come from."""
+    Why it needs fewer steps: where this jump is right, `end` is right too, further by a long h.
+    (With as many evaluations of the teacher jvp is nearly as good.) In recipe fast half of the rows
+    that predict have delta = 1, where samples come from."""
 
     ema_student = None  # set by train for ema_target: a FlowMap of averaged weights
 
@@ -771,7 +766,7 @@ def make_distiller(teacher, config, exact=None, start=None):
     network = DiT.from_teacher(start or teacher, config.is_guided)
     critic = DiT.from_teacher(teacher, config.is_guided) if config.corrections else None
     kind = SolverDistiller if config.prediction == "solver" else Distiller
-    return kind(network, critic, exact or teacher, config).to(device_of(teacher))
+    return kind(network, critic, exact or teacher, config).to(next(teacher.parameters()).device)
 
 
 class TrainState:
@@ -780,9 +775,9 @@ class TrainState:
     def __init__(self, module, config, path=None):
         self.step, self.skipped, self.log = 0, 0, []  # skipped: consecutive ones
         self.ema = copy.deepcopy(module.network).requires_grad_(False)
+        self.device = next(self.ema.parameters()).device
         trained = {k: getattr(module, k) for k in ("network", "critic") if getattr(module, k, None)}
-        # requires_grad_: load_student's network is frozen.
-        groups = [{"params": list(v.requires_grad_().parameters())} for v in trained.values()]
+        groups = [{"params": v.requires_grad_().parameters()} for v in trained.values()]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.parts = {**trained, "ema": self.ema, "optimizer": self.optimizer}  # of a checkpoint
         for network in [*module.modules(), self.ema]:  # student, critic, teacher, average
@@ -797,8 +792,7 @@ class TrainState:
                     part.load_state_dict(saved[name])
                 self.step, self.log = saved["step"], saved["log"]
         # Process 0 alone writes. One that cannot see its folder would start again.
-        mean = mean_over_processes(torch.tensor(self.step, dtype=torch.float64))
-        if path and abs(mean - self.step) > 1e-6:
+        if abs(mean_over_processes(torch.tensor([self.step]).double()) - self.step) > 1e-6:
             raise UserError(f"{path} differs between processes: give a folder that all share")
 
     def update(self, loss, config):
@@ -840,7 +834,6 @@ def train(module, config, state=None):
     state = state or TrainState(module, config)
     if config.ema_target:
         module.ema_student = FlowMap(state.ema)
-    device = device_of(module.network)
     # Why DDP wraps the loss: it averages gradients only if its own forward is called. A DDP beside
     # it, of module.network, which the loss calls, would average nothing, with no warning.
     parallel = module
@@ -851,8 +844,8 @@ def train(module, config, state=None):
         batch, values = module.draw(state.step), []  # values: loss and metrics of each part
         for first in range(RANK * count, (RANK + 1) * count):
             # delta is ordered, so a part takes every n-th row, not n consecutive ones.
-            part = {name: v[first :: WORLD * count].to(device) for name, v in batch.items()}
-            with torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16"):
+            part = {name: v[first :: WORLD * count].to(state.device) for name, v in batch.items()}
+            with torch.autocast(state.device.type, torch.bfloat16, config.precision == "bfloat16"):
                 loss, metrics = parallel(**part)
             # DDP averages all of .grad. What earlier parts left stays: it is equal in all.
             (loss / count).backward()
@@ -884,7 +877,7 @@ def in_batches(f, z, y):
 
 def draw_noise(network, N, g=None):
     """Noise for N samples, (N, C, H, W), drawn on the CPU: the same for all devices."""
-    return torch.randn(N, *network.shape, generator=g).to(device_of(network))
+    return torch.randn(N, *network.shape, generator=g).to(next(network.parameters()).device)
 
 
 @torch.no_grad()
@@ -1084,25 +1077,21 @@ def explained(advice):
 def save(path, write):
     """Call write(file). The file at `path` is then replaced as a whole, or not at all."""
     part = path.with_name(f"{path.name}.part")
-    try:
-        with explained(f"{path}: free some space or give another --out"), open(part, "wb") as file:
+    with explained(f"{path}: free some space or give another --out"), contextlib.ExitStack() as end:
+        end.callback(part.unlink, missing_ok=True)  # what an error leaves
+        with open(part, "wb") as file:
             write(file)
         part.replace(path)
-    finally:
-        with contextlib.suppress(OSError):  # of a read-only folder
-            part.unlink(missing_ok=True)
 
 
 def load_points(path):
-    """The rows of an N x 2 array, standardised, as narrow Gaussians. Samples are mapped back. x and
-    y have one scale, unless one of them varies five times as much. Raises UserError."""
+    """The rows of an N x 2 array as narrow Gaussians, in standard units. Raises UserError."""
     with explained(f"--toy {path}: give one of {TOYS} or FILE.npy, N x 2 finite numbers that vary"):
         points = np.load(path).astype(np.float64)
         scale = points.std(0)  # of equal numbers it may be 1e-15, and ptp is 0
         if points.shape[1:] != (2,) or not np.isfinite(scale).all() or not np.ptp(points, 0).all():
             raise ValueError(f"shape {points.shape}, standard deviations {scale}")
-    if scale.max() < 5 * scale.min():
-        scale[:] = scale.max()
+    scale = np.where(scale.max() < 5 * scale.min(), scale.max(), scale)  # one, if they are near
     means = torch.as_tensor((points - points.mean(0)) / scale, dtype=torch.float32)
     labels = torch.zeros(len(means), dtype=torch.int64)
     return GaussianMixture(means, 0.05, labels, 0, points.mean(0).tolist(), scale.tolist())
@@ -1190,8 +1179,7 @@ def find_tensors(file):
 
 
 def read_public(file, teacher_format="", num_heads=0):
-    """A SiT or REPA file as {"ema": tensors of u(x, t), "settings": of a DiT, "format", "has_null":
-    whether there is a null label}. Raises ValueError for files of other models."""
+    """A SiT or REPA file as if it were a teacher.pt, with its "format". Raises ValueError."""
     prefix, tensors = find_tensors(file)
     if teacher_format not in ("sit", "repa"):
         raise ValueError("give --teacher-format sit or repa")
@@ -1203,9 +1191,8 @@ def read_public(file, teacher_format="", num_heads=0):
         raise ValueError(f"trained for {found}, not {velocity}, linear: is --teacher-format right?")
     outputs = "final_layer.linear.weight", "final_layer.linear.bias"
     if teacher_format == "sit":
-        # SiT is called at 1 - t, so its first layer computes A cos(w - wt) + B sin(w - wt), which
-        # is (A cos w + B sin w) cos wt + (A sin w - B cos w) sin wt. The brackets are the weights
-        # of a layer that is called at t.
+        # At 1 - t, SiT's first layer computes A cos(w - wt) + B sin(w - wt), which is
+        # (A cos w + B sin w) cos wt + (A sin w - B cos w) sin wt. The brackets are weights for t.
         w = torch.exp(-math.log(10000) / 128 * torch.arange(128, dtype=torch.float64))
         A, B = tensors["t_embedder.mlp.0.weight"].double().split(128, 1)
         tensors["t_embedder.mlp.0.weight"] = torch.cat(
@@ -1222,10 +1209,11 @@ def read_public(file, teacher_format="", num_heads=0):
         for name in outputs:
             tensors[name] = -tensors[name]
     table = tensors["y_embedder.embedding_table.weight"]
-    classes = settings.get("num_classes", 1000 if len(table) == 1000 else len(table) - 1)
-    if len(table) == classes:  # trained without null label: give it a row, never used
+    has_null = len(table) != settings.get("num_classes", 1000)
+    if not has_null:  # give it a row, never used
         tensors["y_embedder.embedding_table.weight"] = torch.cat([table, table.mean(0)[None]])
-    return {"format": f"{teacher_format} {prefix}".strip(" ."), "has_null": len(table) > classes,
+    return {"format": f"{teacher_format} {prefix}".strip(" ."),
+            "config": vars(Config(dataset="imagenet", label_dropout=float(has_null))),
             "ema": tensors, "settings": infer_settings(tensors, num_heads)}
 
 
@@ -1252,10 +1240,8 @@ def make_parser():
     parser.error = lambda text: parser.exit(2, f"fmd: {text}; python fmd.py --help lists flags\n")
     special = {bool: {"action": argparse.BooleanOptionalAction},
                tuple: {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}}
-    defaults = make_config()
-    for f in dataclasses.fields(Config):
+    for f, default in zip(dataclasses.fields(Config), vars(make_config()).values()):
         extra = special.get(f.type, {"type": f.type, "choices": f.metadata["choices"]})
-        default = getattr(defaults, f.name)
         text = f.metadata["help"] + (f" (toys: {default})" if default != "" else "")
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **extra)
     return parser
@@ -1271,10 +1257,9 @@ MAY_CHANGE = UNNAMED | {"learning_rate", "teacher_learning_rate", "critic_learni
 
 def name_folder(given):
     """The folder of a run: --out, or its data set and flags, as in runs/toy2d_seed=3_toy=moons."""
-    flags = {k: v for k, v in sorted(given.items()) if k not in UNNAMED}
-    dataset = flags.pop("dataset", "distilled" if "teacher" in flags else Config.dataset)
-    name = "_".join([dataset, *(f"{k}={v}" for k, v in flags.items())])
-    name = re.sub(r"[^\w.=]", "-", name, flags=re.ASCII)[:200]  # what file systems allow
+    dataset = given.get("dataset", "distilled" if "teacher" in given else Config.dataset)
+    flags = [f"{k}={v}" for k, v in sorted(given.items()) if k not in UNNAMED | {"dataset"}]
+    name = re.sub(r"(?a)[^\w.=]", "-", "_".join([dataset, *flags]))[:200]  # fits file systems
     return Path(given.get("out") or f"runs/{name}")
 
 
@@ -1284,20 +1269,6 @@ def check_settings(where, theirs, mine, may_differ=()):
         if name not in may_differ and not np.array_equal(theirs.get(name, v), v):
             raise WrongCommand(f"{where} has {flag(name)} {theirs[name]!r}, not {v!r}: "
                                "give the same settings, or another --out or --teacher")
-
-
-def claim_folder(folder, mine):
-    """Write the settings `mine` to config.json in a run's folder. Returns a lock for `with`. Raises
-    UserError if other settings are there (in all processes: each compares), or it is in use."""
-    file = folder / "config.json"
-    with explained(f"{folder} cannot be used: wait for its other process, or give another --out"):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / f"lock{RANK}").acquire(timeout=0)  # free when its process dies
-        theirs = json.loads(file.read_text()) if any(folder.glob("*.pt")) else mine
-    check_settings(folder, theirs, mine, MAY_CHANGE)
-    if RANK == 0:
-        save(file, lambda part: part.write(json.dumps(mine, indent=1).encode()))
-    return lock
 
 
 def new_network(data, config):
@@ -1327,13 +1298,13 @@ def open_teacher(given, device):
             raise UserError(f"samples do not look like data ({spread=:.2f}, {roughness=:.2f}): "
                             "try another --teacher-format or --num-heads, or --trust-teacher")
     # Settings that the file fixes. A flag may repeat them, not change them.
-    known = {"dataset": "imagenet", "toy": TOYS[0], **file.get("config", {}), **network.settings}
-    names = ("dataset", "toy", "hidden_size", "depth", "num_heads", "patch_size")
-    fixed = {name: known[name] for name in names}
+    known = {**file["config"], **network.settings}
+    names = ["dataset", "toy", "hidden_size", "depth", "num_heads", "patch_size"]
     where = given["teacher"]
-    if not file.get("has_null", file.get("config", {}).get("label_dropout", 1)):
+    if known["label_dropout"] == 0:
         where += ", without null label, so without guidance,"
-        fixed |= {"guidance_max": 1.0, "guidance": 1.0, "label_dropout": 0.0}
+        names += ["label_dropout", "guidance_max", "guidance"]
+    fixed = {name: known[name] for name in names}
     check_settings(where, fixed, given)
     given.update(fixed)
     return network
@@ -1345,16 +1316,15 @@ def run_training(given, device):
     teacher = open_teacher(given, device) if given.get("teacher") else None
     config = make_config(**given)
     start = load_student(config.student, device).network if config.student else None
-    # config.json holds sums of the numbers in files, to notice a file that has changed.
+    # Beside settings config.json has sums of numbers in files, to notice a change (also of labels).
     sources = {name: f"of sum {network.final_layer.linear.weight.cpu().double().sum():.6g}"
                for name, network in (("teacher", teacher), ("student", start)) if network}
     data = open_data(config) if teacher is None or config.dataset == "toy2d" else None
     if data:
-        x, y = data.draw(64, generator(0))
         if teacher and not data.coordinates.items() <= teacher.settings.items():
             raise WrongCommand(f"--toy {config.toy}: these are not this teacher's points")
-        total = (x.double().flatten(1).sum(1) * (y + 1)).sum()  # depends on the order of labels
-        sources["data"] = f"of sum {total:.6g}, {len(data.labels)} rows, {data.coordinates}"
+        x, y = data.draw(64, generator(0))
+        sources["data"] = f"of sum {(x.double() * expand(y + 1)).sum():.6g}, {data.coordinates}"
     network = teacher or new_network(data, config).to(device)
     sizes = {**network.settings, "is_guided": config.is_guided}
     if start and (teacher is None or start.settings != sizes):
@@ -1365,16 +1335,24 @@ def run_training(given, device):
     if config.batch_size % parts or config.corrections % parts:
         raise WrongCommand(f"--batch-size {config.batch_size}, {config.corrections} of it correct: "
                            f"give multiples of {parts}, processes x --micro-batches")
-    if config.dataset == "toy2d":  # more threads gain nothing
-        torch.set_num_threads(1)
-    if config.precision == "bfloat16":  # measures stay in float32, with faster products
-        torch.set_float32_matmul_precision("high")
-    with claim_folder(out, {**vars(config), **sources}):
+    mine = {**vars(config), **sources}
+    with explained(f"{out} cannot be used: wait for its other process, or give another --out"):
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / f"lock{RANK}").acquire(timeout=0)  # free when its process dies
+        theirs = json.loads((out / "config.json").read_text()) if any(out.glob("*.pt")) else mine
+    with lock:
+        check_settings(out, theirs, mine, MAY_CHANGE)  # in every process
+        if RANK == 0:
+            save(out / "config.json", lambda file: file.write(json.dumps(mine, indent=1).encode()))
         run_stages(network, start, data, config, out)
 
 
 def run_stages(teacher, start, data, config, out):
     """The stages of a run; a finished one is loaded. teacher: untrained, unless from --teacher."""
+    if config.dataset == "toy2d":  # more threads gain nothing
+        torch.set_num_threads(1)
+    if config.precision == "bfloat16":  # measures stay in float32, with faster products
+        torch.set_float32_matmul_precision("high")
     log = []
     if not config.teacher:
         if (out / "student.pt").exists() and not (out / "teacher.pt").exists():
@@ -1401,7 +1379,7 @@ def run_stage(kind, module, config, out, score=None):
     if RANK == 0 and state.step:
         print(f"{path}: {state.step} of {config.steps} steps are done; to redo them, change --out")
     stride = math.gcd(config.batch_size, config.corrections)  # FLOPs: of every n-th row
-    rows = {k: v[::stride].to(device_of(module.network)) for k, v in module.draw(0).items()}
+    rows = {k: v[::stride].to(state.device) for k, v in module.draw(0).items()}
     with FlopCounterMode(display=False) as counter:
         module(**rows)[0].backward()
     module.zero_grad()

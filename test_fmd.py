@@ -401,7 +401,7 @@ def test_toys_and_what_their_exact_teacher_generates(toy):
     assert x.shape == (2000, *data.shape) == (2000, 2, 1, 1) and data.num_classes == classes
     assert data.has_velocity and 0.8 < x.std() < 1.25 and x.mean(0).abs().max() < 0.1
     assert (y.bincount(minlength=classes) / 2000 - 1 / classes).abs().max() < 0.04
-    found = fmd.solve_ode(data, fmd.draw_noise(data, 2000, fmd.generator(3)), 24, "rk4")
+    found = fmd.solve_ode(data, torch.randn(2000, 2, 1, 1, generator=fmd.generator(3)), 24, "rk4")
     assert fmd.sliced_w2(found, other) < 2 * fmd.sliced_w2(x, other)
     for points in x, found:
         covered = data.coverage(points)
@@ -913,8 +913,7 @@ def test_the_default_command_end_to_end(finished, capsys):
     teacher = fmd.load_teacher(finished / "teacher.pt")
     student = fmd.load_student(finished / "student.pt")
     g = fmd.generator(0, fmd.EVALUATION, 1)
-    z, other = torch.randn(128, 2, 1, 1, generator=g).chunk(2)
-    both = torch.cat([z, other])  # of at most 1000 noises
+    z, other = (both := torch.randn(128, 2, 1, 1, generator=g)).chunk(2)
     error = fmd.relative_error(fmd.jump(student, both), fmd.solve_ode(teacher, both, 32, "rk4"))
     assert metrics["endpoint_error"] == pytest.approx(error, rel=1e-3)
     floor = fmd.sliced_w2(*(fmd.solve_ode(teacher, v, 8, "rk4") for v in (z, other)))
@@ -1435,7 +1434,7 @@ def test_wrapped_weights_are_found(wrap):
     file, plain = public_file(outputs=8), fmd.read_public(public_file(outputs=8), "sit")
     found = fmd.read_public(wrap(file), "sit")
     assert all(torch.equal(v, plain["ema"][k]) for k, v in found["ema"].items())
-    assert found["settings"] == plain["settings"] and found["has_null"]
+    assert found["settings"] == plain["settings"] and found["config"]["label_dropout"] == 1
 
 
 def test_a_file_without_null_label_and_with_other_heads(tmp_path, capsys):
@@ -1443,7 +1442,7 @@ def test_a_file_without_null_label_and_with_other_heads(tmp_path, capsys):
     rows = len(file[table])
     args = argparse.Namespace(num_classes=rows)  # as many classes as rows: none is the null label
     found = fmd.read_public({"model": dict(file), "args": args}, "sit")
-    assert not found["has_null"] and found["settings"]["num_classes"] == rows
+    assert found["config"]["label_dropout"] == 0 and found["settings"]["num_classes"] == rows
     path = tmp_path / "a.pt"
     torch.save({"model": file, "args": {"num_classes": rows}}, path)
     public = {"teacher": str(path), "teacher_format": "sit", "trust_teacher": True}
@@ -1458,7 +1457,7 @@ def test_a_file_without_null_label_and_with_other_heads(tmp_path, capsys):
         with pytest.raises(fmd.UserError, match=f"null label.*{fmd.flag(name)} 1.0, not 2.0"):
             fmd.open_teacher({**public, name: 2.0}, "cpu")
     torch.save({"kind": "teacher", "ema": network.state_dict(), "settings": network.settings,
-                "config": {"label_dropout": 0.0}}, path)  # a file of fmd
+                "config": vars(fmd.Config(label_dropout=0.0))}, path)  # a file of fmd
     given = {"teacher": str(path)}
     fmd.open_teacher(given, "cpu")
     assert given["guidance_max"] == 1 and given["label_dropout"] == 0
@@ -1468,7 +1467,8 @@ def test_samples_that_do_not_look_like_data_are_refused(monkeypatch):
     def opened(velocity):
         network = fmd.DiT(8, 4, 3)
         network.forward = velocity
-        monkeypatch.setattr(fmd, "load_network", lambda *_: (network, {"format": "sit"}))
+        found = network, {"format": "sit", "config": vars(fmd.Config())}
+        monkeypatch.setattr(fmd, "load_network", lambda *_: found)
         assert fmd.open_teacher({"teacher": "a.pt"}, "cpu") is network
 
     ramp = torch.linspace(-1.7, 1.7, 8)
