@@ -22,7 +22,7 @@ Shapes: x, z, n are images (B, C, H, W) of d = C H W values; a point of the plan
     t, delta, r, guidance are (B,), or (1,) if one value serves all. y is int64, (B,) or (1,).
 The paper's equations, with theta the student's weights
     [7] v_G = u(f, 1 - delta)                     [8] the loss 1/2 E||F - sg(F - D_G)||^2
-    [9] its gradient, E[(dF/dtheta)^T D_G]        [10] KL(student's x_r || teacher's, noised alike)
+    [9] its gradient, E[(dF/dtheta)^T D_G]        [10] KL(student's x_r || teacher's x_r) for each r
     [11] its gradient, E[(dF/dtheta)^T D_N], up to a weight for each r, if u and v_N are exact
 
 Commands to paste (ImageNet: README); the same command continues a run that was interrupted
@@ -148,10 +148,11 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     form: how dF/ddelta is computed, "jvp" (forward mode, exact) or "difference" (of F at delta +
     spacing and delta - spacing, one-sided at the ends). Raises ValueError for another form.
 
-    Why a small D_G can leave a large error e = f - phi: de/ddelta = D_G + u(f, 1 - delta) - u(phi,
-    1 - delta). By this difference of u errors grow between modes, where paths part, and mostly
-    shrink inside of one. With L = <e, the difference> / ||e||^2, ||e|| at delta = 1 is at most
-    (Gronwall) the integral of ||D_G|| exp(integral of L from delta to 1): notebook, section 5."""
+    Why a small D_G can leave a large error e = f - phi: de/ddelta = D_G + du, with du the change of
+    u from phi to f. So errors are carried along. Between modes, where paths part, du makes them
+    grow. Inside a mode it mostly makes them shrink. With L = <e, du> / ||e||^2, ||e|| at delta = 1
+    is at most (Gronwall's inequality; notebook, section 5)
+        the integral over delta of ||D_G|| exp(integral of L from delta to 1)."""
     # Why a partial derivative: z is fixed, and only the end of the jump moves with delta. (In
     # MeanFlow the start moves, so its derivative also has a term (dF/dx_t) dx_t/dt.)
     if form == "jvp":
@@ -213,7 +214,7 @@ class Distiller(nn.Module):
     """The paper's loss. draw draws the batch of a step, forward is its loss. (Section 6 trains it.)
     teacher: u(x, t, y), its weights stay the same. network: usually a copy of it, read as F.
     critic: another copy, which learns v_N. So it starts near its final goal: v_N will be roughly u
-    once the student has learned (less so with guidance). config: its prediction is not solver."""
+    once the student has learned (less so with guidance). config: prediction is not solver."""
 
     def __init__(self, network, critic, teacher, config):
         super().__init__()
@@ -228,8 +229,8 @@ class Distiller(nn.Module):
             F = student.F(z_G, delta, y_G, guidance_G)  # with a graph, for the loss
             D_G = self.residual(student, u, F, z_G, delta, y_G, guidance_G, h)  # of [9]
             metrics["prediction"] = mean_square(D_G).mean()
-            # Why F * sg(D): its gradient is [9], up to 1/d (k = 0) or a weight of each sample. Its
-            # value means nothing.
+            # Why F * sg(D): its gradient is [9], up to 1/d, and for k > 0 a weight for each sample.
+            # The value of this loss means nothing.
             loss = (F * decay(D_G, config.decay)).mean()
         if len(z_N):  # Correct, at delta = 1: the paper found no gain at other delta
             u = guided(self.teacher, guidance_N, config.correction_interval)
@@ -631,7 +632,7 @@ class Config:
             low, high, choices = limits["low"], limits["high"], limits["choices"]
             if choices and value not in choices:
                 raise WrongCommand(f"{name} {value}: give one of {choices}")
-            ends = np.ravel(value)  # of an interval, or twice the same number
+            ends = value if f.type is tuple else (value,)
             if f.type is not str and not low <= ends[0] <= ends[-1] <= high:
                 raise WrongCommand(f"{name} {value}: give {low} to {high}, of two the lower first")
         if 0 < self.correction_share < 1 and self.corrections in (0, self.batch_size):
@@ -668,7 +669,8 @@ class Config:
 #     mnist --quick      paper   jvp         1        0.3    0.25
 #     mnist, imagenet    paper   jvp         1        1      0.25
 
-# Toys are mostly trained, and measured, without labels, which is harder. Small t: sharp edges.
+# Toys are mostly trained, and measured, without labels, which is harder. t_location -0.8:
+# sharp edges are learned at small t.
 TOY = {"label_dropout": 0.9, "t_location": -0.8, "alpha": 0.3, "teacher_steps": 1000, "steps": 5600,
        "teacher_learning_rate": 8e-3, "learning_rate": 3e-3, "critic_learning_rate": 2e-3}
 # The sizes of DiT-S/2. A file of --teacher has its own.
@@ -777,6 +779,7 @@ class TrainState:
         self.ema = copy.deepcopy(module.network).requires_grad_(False)
         self.device = next(self.ema.parameters()).device
         trained = {k: getattr(module, k) for k in ("network", "critic") if getattr(module, k, None)}
+        # requires_grad_: load_student's network is frozen.
         groups = [{"params": v.requires_grad_().parameters()} for v in trained.values()]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.parts = {**trained, "ema": self.ema, "optimizer": self.optimizer}  # of a checkpoint
@@ -834,8 +837,8 @@ def train(module, config, state=None):
     state = state or TrainState(module, config)
     if config.ema_target:
         module.ema_student = FlowMap(state.ema)
-    # Why DDP wraps the loss: it averages gradients only if its own forward is called. A DDP beside
-    # it, of module.network, which the loss calls, would average nothing, with no warning.
+    # Why DDP wraps the loss: it averages gradients only if its own forward is called. The loss
+    # calls module.network: a DDP of that beside it would average nothing, with no warning.
     parallel = module
     if WORLD > 1:  # bucket_view: no second copy of the gradients
         parallel = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
@@ -847,7 +850,7 @@ def train(module, config, state=None):
             part = {name: v[first :: WORLD * count].to(state.device) for name, v in batch.items()}
             with torch.autocast(state.device.type, torch.bfloat16, config.precision == "bfloat16"):
                 loss, metrics = parallel(**part)
-            # DDP averages all of .grad. What earlier parts left stays: it is equal in all.
+            # DDP averages all of .grad. What earlier parts left is equal in all already.
             (loss / count).backward()
             values.append(torch.stack([loss, *metrics.values()]).detach())
         loss, *means = mean_over_processes(torch.stack(values).mean(0))
@@ -882,7 +885,8 @@ def draw_noise(network, N, g=None):
 
 @torch.no_grad()
 def jump(student, z, y=None, guidance=None, delta=1.0):
-    """f(z, delta), or samples f(z, 1), of z (B, C, H, W). y, guidance: (B,), (1,) or None."""
+    """f(z, delta), by default samples, of noises z (B, C, H, W), without a graph. y, guidance:
+    (B,), (1,) or None. delta: a number."""
     return student.f(z, z.new_tensor([delta]), y, guidance)
 
 
@@ -942,18 +946,19 @@ def endpoint_score(teacher, network, config):
 
 def evaluate(student, teacher, data, config, out, log):
     """Compare student and teacher: metrics.json, pictures, and the main numbers on the screen.
-    Endpoint error: f(z, 1) and phi(z, 1) from the same z. SW2: the student's samples and the
-    teacher's from other z, divided by its floor, the SW2 of two such sets of the teacher. "SW2 to
-    data" is divided by the SW2 of two sets of data."""
-    N, network = config.eval_samples, student.network
-    z, y, strength = draw_inputs(network, config, 2 * N, generator(config.seed, EVALUATION, 1))
+    Endpoint error: from f(z, 1) to phi(z, 1). SW2: from the student's samples to the teacher's of
+    other z, divided by the SW2 of two such sets of the teacher, and "SW2 to data" by that of data."""
+    N, network, g = config.eval_samples, student.network, generator(config.seed, EVALUATION, 1)
+    z, y, strength = draw_inputs(network, config, N, g)
     u = guided(teacher, strength, config.guidance_interval)
     few = slice(max(128, 2000 // math.prod(network.shape)))
     path = solve_ode(u, z[few], PATH_STEPS, "rk4", y[few], return_path=True).cpu()
     jumps = student_path(student, z[few], PATH_STEPS, y[few], strength).cpu()
     errors = [relative_error(a, b) for a, b in zip(jumps, path)]
-    ends, other_ends = in_batches(lambda z, y: solve_ode(u, z, SET_STEPS, "rk4", y), z, y).chunk(2)
-    x = in_batches(lambda z, y: jump(student, z, y, strength), z[:N], y[:N])
+    x = in_batches(lambda z, y: jump(student, z, y, strength), z, y)
+    ends = in_batches(lambda z, y: solve_ode(u, z, SET_STEPS, "rk4", y), z, y)
+    other_z = draw_noise(network, N, g)
+    other_ends = in_batches(lambda z, y: solve_ode(u, z, SET_STEPS, "rk4", y), other_z, y)
     nfe = SET_STEPS * METHODS["rk4"] * (1 + config.is_guided)
     sets = {f"teacher: {nfe} evaluations": ends, "student: 1 evaluation": x}
     floor = sliced_w2(ends, other_ends)
@@ -1009,7 +1014,7 @@ def plot_samples(samples, figure=None):
 
 
 def plot_filmstrip(teacher_path, student_path):
-    """Six of the teacher's paths, and f(z, delta), one in a row. Both are (steps, B, C, H, W)."""
+    """The first six of the teacher's paths, and f(z, delta): each a row. (steps, B, C, H, W)."""
     at = np.linspace(0, len(teacher_path) - 1, 6, dtype=int)
     paths = {"teacher: ODE, δ from 0 to 1": teacher_path, "student: f(z, δ)": student_path}
     return plot_samples({k: v[at, :6].transpose(0, 1).flatten(0, 1) for k, v in paths.items()})
@@ -1091,7 +1096,7 @@ def load_points(path):
         scale = points.std(0)  # of equal numbers it may be 1e-15, and ptp is 0
         if points.shape[1:] != (2,) or not np.isfinite(scale).all() or not np.ptp(points, 0).all():
             raise ValueError(f"shape {points.shape}, standard deviations {scale}")
-    scale = np.where(scale.max() < 5 * scale.min(), scale.max(), scale)  # one, if they are near
+    scale = np.where(scale.max() < 5 * scale.min(), scale.max(), scale)  # one for x and y, if near
     means = torch.as_tensor((points - points.mean(0)) / scale, dtype=torch.float32)
     labels = torch.zeros(len(means), dtype=torch.int64)
     return GaussianMixture(means, 0.05, labels, 0, points.mean(0).tolist(), scale.tolist())
@@ -1103,8 +1108,9 @@ def load_latents(path):
     y = np.load(path.removesuffix(".npy") + "_labels.npy")
     shapes_fit = x.ndim == 4 and x.shape[2] == x.shape[3] > 1 and y.shape == x.shape[:1]
     spread = x[:: math.ceil(len(x) / 256)].astype(np.float32).std()
-    if not shapes_fit or not 0.4 < spread < 2.5 or x.shape[1] == 8:  # 8: means and deviations
-        raise ValueError(f"shape {x.shape}, deviation {spread:.3g}, labels of shape {y.shape}")
+    if not shapes_fit or x.dtype.kind != "f" or not 0.4 < spread < 2.5 or x.shape[1] == 8:
+        raise ValueError(f"{x.dtype}, shape {x.shape}, deviation {spread:.3g}, labels of shape "
+                         f"{y.shape}; 8 channels are means and deviations: sample them")
     classes, y = np.unique(y, return_inverse=True)
     if RANK == 0:
         print(f"{path}: {len(classes)} classes, here from 0 on: {classes[0]} to {classes[-1]}")
@@ -1287,8 +1293,9 @@ def open_teacher(given, device):
                                  given.get("teacher_format", ""), given.get("num_heads", 0))
     if RANK == 0:
         print(f"{given['teacher']}: {file.get('format', 'fmd')}, {network.settings}")
-    # Scores do not show a file read in a wrong way, samples do. In noise, neighbours differ by
-    # sqrt(2) spreads, in data by less than 1. With a wrong sign of u samples are near 2 z - x.
+    # A file read in a wrong way still gets good scores (they compare the student with it), but its
+    # samples show it. In noise, neighbours differ by sqrt(2) spreads, in data by less than 1. With
+    # the wrong sign of u, samples are near 2 z - x.
     if "format" in file and not given.get("trust_teacher"):
         y = torch.arange(16, device=device) % max(1, network.num_classes)
         x = solve_ode(network, draw_noise(network, 16, generator(0)), 8, y=y)
@@ -1301,7 +1308,7 @@ def open_teacher(given, device):
     known = {**file["config"], **network.settings}
     names = ["dataset", "toy", "hidden_size", "depth", "num_heads", "patch_size"]
     where = given["teacher"]
-    if known["label_dropout"] == 0:
+    if known.get("label_dropout", 1) == 0:
         where += ", without null label, so without guidance,"
         names += ["label_dropout", "guidance_max", "guidance"]
     fixed = {name: known[name] for name in names}
@@ -1316,7 +1323,7 @@ def run_training(given, device):
     teacher = open_teacher(given, device) if given.get("teacher") else None
     config = make_config(**given)
     start = load_student(config.student, device).network if config.student else None
-    # Beside settings config.json has sums of numbers in files, to notice a change (also of labels).
+    # config.json holds sums of the numbers in files, to notice a file that has changed.
     sources = {name: f"of sum {network.final_layer.linear.weight.cpu().double().sum():.6g}"
                for name, network in (("teacher", teacher), ("student", start)) if network}
     data = open_data(config) if teacher is None or config.dataset == "toy2d" else None
@@ -1324,7 +1331,8 @@ def run_training(given, device):
         if teacher and not data.coordinates.items() <= teacher.settings.items():
             raise WrongCommand(f"--toy {config.toy}: these are not this teacher's points")
         x, y = data.draw(64, generator(0))
-        sources["data"] = f"of sum {(x.double() * expand(y + 1)).sum():.6g}, {data.coordinates}"
+        total = (x.double() * expand(y + 1)).sum()  # depends on the order of labels
+        sources["data"] = f"of sum {total:.6g}, {len(data.labels)} rows, {data.coordinates}"
     network = teacher or new_network(data, config).to(device)
     sizes = {**network.settings, "is_guided": config.is_guided}
     if start and (teacher is None or start.settings != sizes):
@@ -1336,7 +1344,7 @@ def run_training(given, device):
         raise WrongCommand(f"--batch-size {config.batch_size}, {config.corrections} of it correct: "
                            f"give multiples of {parts}, processes x --micro-batches")
     mine = {**vars(config), **sources}
-    with explained(f"{out} cannot be used: wait for its other process, or give another --out"):
+    with explained(f"{out} cannot be used: give another --out, or wait for its other process"):
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out / f"lock{RANK}").acquire(timeout=0)  # free when its process dies
         theirs = json.loads((out / "config.json").read_text()) if any(out.glob("*.pt")) else mine
@@ -1441,7 +1449,8 @@ def run_sampling(given, device):
 
 
 def main(argv=None):
-    """The command line. Returns the exit status: 0 done, 1 failed in running, 2 wrong command."""
+    """The command line. Returns the exit status: 0 done, 1 failed in running, 2 wrong command. (Or,
+    under torchrun, ends the process with it.)"""
     given = {k: v for k, v in vars(make_parser().parse_args(argv)).items() if v != ""}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also after `&` in a script
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # as Ctrl-C
