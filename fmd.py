@@ -947,7 +947,7 @@ def endpoint_score(teacher, network, config):
 def evaluate(student, teacher, data, config, out, log):
     """Compare student and teacher: metrics.json, pictures, and the main numbers on the screen.
     Endpoint error: from f(z, 1) to phi(z, 1). SW2: from the student's samples to the teacher's of
-    other z, divided by the SW2 of two such sets of the teacher, and "SW2 to data" by that of data."""
+    other z, over that of two such sets of the teacher. "SW2 to data": over that of two of data."""
     N, network, g = config.eval_samples, student.network, generator(config.seed, EVALUATION, 1)
     z, y, strength = draw_inputs(network, config, N, g)
     u = guided(teacher, strength, config.guidance_interval)
