@@ -149,9 +149,9 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     spacing and delta - spacing, one-sided at the ends). Raises ValueError for another form.
 
     Why a small D_G can leave a large error e = f - phi: de/ddelta = D_G + du, with du the change of
-    u from phi to f. So errors are carried along. Between modes, where paths part, du makes them
-    grow. Inside a mode it mostly makes them shrink. With L = <e, du> / ||e||^2, ||e|| at delta = 1
-    is at most (Gronwall's inequality; notebook, section 5)
+    u from phi to f. Between modes, where paths part, du makes e grow. Inside a mode it mostly makes
+    e shrink. With L = <e, du> / ||e||^2, d||e||/ddelta <= ||D_G|| + L ||e||, so that at delta = 1
+    ||e|| is at most (Gronwall; notebook, section 5)
         the integral over delta of ||D_G|| exp(integral of L from delta to 1)."""
     # Why a partial derivative: z is fixed, and only the end of the jump moves with delta. (In
     # MeanFlow the start moves, so its derivative also has a term (dF/dx_t) dx_t/dt.)
@@ -173,9 +173,10 @@ def prediction_gradient(student, u, z, delta, y=None, guidance=None, form="jvp",
     # Why sg: the target of [8], F - D_G = u(f, 1 - delta) - delta dF/ddelta, depends on the weights
     # too. A gradient through it could move f to where u happens to be near v_G, and would need
     # second derivatives.
-    # Why it still converges, though with sg no loss is minimized: f(z, 0) = z is right by design,
-    # and descent by [9] carries what is right on to longer jumps. (Exactly along the teacher's ODE,
-    # if F can change freely at each z and delta, and k = 0: README; notebook, section 3.)
+    # Why it still converges, though with sg no loss is minimized: with s the time of training, [9]
+    # is df/ds = delta (u(f, 1 - delta) - df/ddelta), if F can change freely at each z and delta,
+    # and k = 0. This carries f(z, 0) = z, right by design, along the teacher's ODE to longer and
+    # longer jumps (README; notebook, section 3).
     f = z + expand(delta) * F
     return F + expand(delta) * dF - u(f, 1 - delta, y)  # [7] as a residual: D_G of [9]
 
@@ -187,16 +188,16 @@ def correction_gradient(v_N, u, x_r, r, y=None):
 
     Why descent of F(z, 1) . D_N lowers a weighted mean of the KLs [10], if u and v_N are exact: the
     gradient of the KL at r is E[(dx_r/dtheta)^T (s - s_u)], s and s_u the scores (gradients of log
-    p) of student and teacher. By Tweedie's formula s = -E[n | x_r] / r = ((1 - r) v_N - x_r) / r,
-    and s_u is the same with u, so s - s_u = (1 - r) / r D_N. And dx_r/dtheta = (1 - r) dF/dtheta.
-    [11] leaves out the factors of r: they only weight the mean (notebook, section 6).
+    p) of student and teacher. By Tweedie's formula s = -E[n | x_r] / r, E[n | x_r] = x_r - (1 - r)
+    v_N, and s_u is the same with u: s - s_u = D_N (1 - r) / r. And dx_r/dtheta = (1 - r) dF/dtheta.
+    [11] leaves out (1 - r)^2 / r, which only weights the mean over r (notebook, section 6).
 
     Why D_N need not be zero for a perfect student: s_u is the teacher's score only if u is
     E[x - n | x_r] over the samples x of u's own ODE. A learned u is only near this mean, a guided u
     is in general another function.
-    Why the correction has its own guidance interval: a guided u pulls even a perfect student away,
-    on digits (README) to stronger guidance, and an unguided u to weaker, to its own samples. The
-    paper guides u for r up to 0.7 only, in between these two: FID 5.6 (DiT-B/2), for all r 8.7."""
+    Why the correction has its own guidance interval: a guided u pulls even a perfect student to
+    stronger guidance (on digits: README), an unguided u to weaker. The paper guides u for r up to
+    0.7 only, a compromise: FID 5.6 (DiT-B/2), for all r 8.7."""
     return v_N - u(x_r, r, y)
 
 
@@ -205,15 +206,15 @@ def decay(D, k):
     What k does: a residual of size m, m^2 = ||D||^2 / d well above eps, gets the size m^(1 - 2k).
     At k = 0 large ones dominate the gradient, at 1/2 all count equally, at 1 large ones count less.
     Why: the paper's FID (DiT-B/2) is 43.5, 10.6, 5.6 for k = 0, 1/2, 1; without correction about 12
-    for each. Our explanation, from toys and with our lambda (see balance): where residuals are
-    small, the correction, with its critic's errors, weighs most at k = 0 (notebook, section 7)."""
+    for each. Our explanation, from toys: beside this the correction weighs alpha (m^2 + eps)^k (see
+    balance), for small m most at k = 0, and so do its critic's errors (notebook, section 7)."""
     return D / expand((mean_square(D) + EPS) ** k)
 
 
 class Distiller(nn.Module):
     """The paper's loss. draw draws the batch of a step, forward is its loss. (Section 6 trains it.)
     teacher: u(x, t, y), its weights stay the same. network: usually a copy of it, read as F.
-    critic: another copy, which learns v_N. So it starts near its final goal: v_N will be roughly u
+    critic: another copy, which learns v_N. A copy is near the final goal: v_N will be roughly u,
     once the student has learned (less so with guidance). config: prediction is not solver."""
 
     def __init__(self, network, critic, teacher, config):
@@ -229,8 +230,8 @@ class Distiller(nn.Module):
             F = student.F(z_G, delta, y_G, guidance_G)  # with a graph, for the loss
             D_G = self.residual(student, u, F, z_G, delta, y_G, guidance_G, h)  # of [9]
             metrics["prediction"] = mean_square(D_G).mean()
-            # Why F * sg(D): its gradient is [9], up to 1/d, and for k > 0 a weight for each sample.
-            # The value of this loss means nothing.
+            # Why F * sg(D): its gradient is [9], up to 1/d and (k > 0) a weight for each sample,
+            # which does not move the zero of D_G. The value of this loss means nothing.
             loss = (F * decay(D_G, config.decay)).mean()
         if len(z_N):  # Correct, at delta = 1: the paper found no gain at other delta
             u = guided(self.teacher, guidance_N, config.correction_interval)
@@ -258,10 +259,10 @@ class Distiller(nn.Module):
         """lambda = alpha E|D_G| / (E|D_N| + eps), |D| = ||D|| / sqrt(d); alpha if D_G is None.
 
         Why lambda: the sizes of D_G and D_N change in training. Why D_G before its decay (our
-        choice): if all |D_G| are m, the correction has the size alpha m, the decayed prediction
-        m / (m^2 + eps)^k, and their ratio is alpha (m^2 + eps)^k. So for k > 0 the correction fades
-        as m falls. It should, as D_N need not be zero in the end. (With the decayed D_G the ratio
-        would always be alpha.)"""
+        choice): if all |D_G| are m, the correction has the size alpha m (once E|D_N| is well above
+        eps), the decayed prediction m / (m^2 + eps)^k, and their ratio is alpha (m^2 + eps)^k. So
+        for k > 0 the correction fades as m falls. It should, as D_N need not be zero in the end.
+        (With the decayed D_G the ratio would always be alpha.)"""
         if D_G is None:
             return torch.tensor(self.config.alpha, device=D_N.device)
         norm_G = mean_over_processes(mean_square(D_G).sqrt().mean())
@@ -283,8 +284,8 @@ class Distiller(nn.Module):
             if config.is_guided:
                 uniform = torch.rand(count, generator=g)
                 batch[f"guidance_{side}"] = 1 + (config.guidance_max - 1) * uniform
-        # Why all delta: D_G at delta = 1 alone relates f to its slope there. At all delta it makes
-        # f the path. Each of rows_G equal parts of (0, 1] gets a row, so no batch misses a part.
+        # Why all delta: D_G = 0 at delta = 1 alone relates f to its slope there. At all delta it
+        # makes f the path. Each of rows_G equal parts of (0, 1] has a row, so no batch misses one.
         batch["delta"] = 1 - (torch.arange(rows_G) + torch.rand(rows_G, generator=g)) / rows_G
         # Why r includes much noise (median 0.69): with little of it the x_r of student and teacher
         # hardly overlap, and D_N hardly sees modes that the student lacks. (The paper's FID: 92 if
@@ -682,8 +683,8 @@ PRESETS = {"toy2d": TOY, "mnist": PICTURES,
            "imagenet": {**PICTURES, "teacher_steps": 400000, "teacher_learning_rate": 1e-4,
                         "steps": 100000, "guidance_max": 3.0, "guidance": 1.4, "ema_decay": 0.9999,
                         "eval_samples": 2000, "activation_checkpointing": True}}
-# Of the recipe "paper" the paper gives prediction, decay, alpha (0.3 to 3 work), correction_share,
-# r_location, and in PICTURES correction_interval. The rest is ours.
+# From the paper: prediction, decay, alpha (0.3 to 3 work there), correction_share, r_location, and
+# in PICTURES correction_interval. The rest is ours.
 RECIPES = {"paper": {},  # nothing beyond PRESETS
            "fast": {"prediction": "solver", "decay": 0.5, "delta_scale": 2.0, "ema_target": True,
                     "correction_share": 0.125, "steps": 1400, "learning_rate": 0.01}}  # for toys
@@ -740,11 +741,11 @@ def mean_over_processes(v):
 
 class SolverDistiller(Distiller):
     """The form solver, ours, of recipe fast. (It was tried on toys only.) In place of D_G it has
-    (f(z, delta) - end) / delta: f(z, delta) moves to `end`, where the teacher's ODE leads from the
-    student's jump to delta - h. (For small h, without ema_target, this is about (h / delta) D_G.)
-    Why it needs fewer steps: where this jump is right, `end` is right too, further by a long h.
-    (With as many evaluations of the teacher jvp is nearly as good.) In recipe fast half of the rows
-    that predict have delta = 1, where samples come from."""
+    (f(z, delta) - end) / delta: f(z, delta) moves to `end`, from the student's f(z, delta - h) by h
+    along the teacher's ODE. (For small h, without ema_target, this is about (h / delta) D_G.)
+    Why it needs fewer steps: where f(z, delta - h) is right, `end` is right too, further by a long
+    h. (A row costs 8 evaluations of u; with as many, jvp is nearly as good.) In recipe fast half of
+    the rows that predict have delta = 1, where samples come from."""
 
     ema_student = None  # set by train for ema_target: a FlowMap of averaged weights
 
@@ -809,7 +810,7 @@ class TrainState:
             for group, peak in zip(groups, (config.learning_rate, config.critic_learning_rate)):
                 group["lr"] = peak * rise * (1 - self.step / config.steps)
             self.optimizer.step()
-            # At first it averages about the last tenth of the steps so far.
+            # At first ema averages about the last tenth of the steps so far.
             kept = min(config.ema_decay, (1 + self.step) / (10 + self.step))
             get_ema_multi_avg_fn(kept)([*self.ema.parameters()], groups[0]["params"], None)
         self.optimizer.zero_grad()
@@ -838,7 +839,7 @@ def train(module, config, state=None):
     if config.ema_target:
         module.ema_student = FlowMap(state.ema)
     # Why DDP wraps the loss: it averages gradients only if its own forward is called. The loss
-    # calls module.network: a DDP of that beside it would average nothing, with no warning.
+    # calls module.network, so wrapping that alone would average nothing, with no warning.
     parallel = module
     if WORLD > 1:  # bucket_view: no second copy of the gradients
         parallel = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
@@ -850,7 +851,7 @@ def train(module, config, state=None):
             part = {name: v[first :: WORLD * count].to(state.device) for name, v in batch.items()}
             with torch.autocast(state.device.type, torch.bfloat16, config.precision == "bfloat16"):
                 loss, metrics = parallel(**part)
-            # DDP averages all of .grad. What earlier parts left is equal in all already.
+            # DDP averages all of .grad. The sum of earlier parts is the same in all, so it stays.
             (loss / count).backward()
             values.append(torch.stack([loss, *metrics.values()]).detach())
         loss, *means = mean_over_processes(torch.stack(values).mean(0))
