@@ -1704,7 +1704,8 @@ def test_processes_stop_together_and_refuse_together(tmp_path, monkeypatch):
                       "draw, save, leave = fmd.Distiller.draw, fmd.save, os._exit\n"
                       "fmd.save = lambda *a: (time.sleep(1), save(*a))\n"
                       "def leaving(status):\n"
-                      "    print('file:', 'student.pt' in os.listdir(sys.argv[2]), flush=True)\n"
+                      "    exists = 'student.pt' in os.listdir(sys.argv[2])\n"
+                      "    os.write(1, f'file: {exists}\\n'.encode())\n"  # in one piece
                       "    leave(status)\n"
                       "os._exit = leaving\n"
                       "def interrupted(self, step):\n"
