@@ -365,22 +365,13 @@ class FlowMatching(nn.Module):
 
 
 # 3. Network --------------------------------------------------------------------------------------
-# DiT (arXiv 2212.09748), with the tensor names of public code. A point of the plane is one token.
-
-
-class Embedder(nn.Module):
+def embed(v, mlp):
     """Numbers (B,) -> (B, E): cosines and sines, then an MLP. As in SiT, t is not times 1000."""
-
-    def __init__(self, E):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(256, E), nn.SiLU(), nn.Linear(E, E))
-
-    def forward(self, v):
-        frequencies = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=v.device))
-        angle = v[:, None] * frequencies  # (B, 128)
-        # In float32, like the last layer: in bfloat16 the error of D_G is 1.5 times as large.
-        with torch.autocast(v.device.type, enabled=False):
-            return self.mlp(torch.cat([angle.cos(), angle.sin()], 1))
+    frequencies = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=v.device))
+    angle = v[:, None] * frequencies  # (B, 128)
+    # In float32, like the last layer: in bfloat16 the error of D_G is 1.5 times as large.
+    with torch.autocast(v.device.type, enabled=False):
+        return mlp(torch.cat([angle.cos(), angle.sin()], 1))
 
 
 def modulate(x, shift, scale):
@@ -419,8 +410,9 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """u(x, t | y), and with is_guided=True u(x, t | y, gamma). center, scale: of GaussianMixture,
-    kept for run_sampling. settings: the arguments, for checkpoints."""
+    """The network of arXiv 2212.09748, with the tensor names of public code: u(x, t | y), and with
+    is_guided=True u(x, t | y, gamma). A point of the plane is one token. center, scale: of
+    GaussianMixture, kept for run_sampling. settings: the arguments, for checkpoints."""
 
     def __init__(self, input_size=1, in_channels=2, num_classes=8, hidden_size=64, depth=3,
                  num_heads=1, patch_size=1, qk_norm=False, is_guided=False, center=0.0, scale=1.0):
@@ -437,13 +429,15 @@ class DiT(nn.Module):
         waves = torch.cat([angle.sin(), angle.cos()], 1).float()  # (tokens in a row, E / 2)
         columns, rows = waves.repeat(len(waves), 1), waves.repeat_interleave(len(waves), 0)
         self.register_buffer("pos_embed", torch.cat([columns, rows], 1)[None])  # (1, T, E)
-        self.t_embedder = Embedder(E)
+        mlp = nn.Sequential(nn.Linear(256, E), nn.SiLU(), nn.Linear(E, E))
+        self.t_embedder = nn.ModuleDict({"mlp": mlp})
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, E)})
         self.blocks = nn.ModuleList(Block(E, num_heads, qk_norm) for _ in range(depth))
         self.final_layer = nn.ModuleDict({
             "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(E, 2 * E)),
             "linear": nn.Linear(E, p * p * C)})
-        self.guidance_embedder = Embedder(E) if is_guided else None  # last: see from_teacher
+        # Last, see from_teacher.
+        self.guidance_embedder = copy.deepcopy(self.t_embedder) if is_guided else None
         self.activation_checkpointing = False
         # As in DiT, blocks start as the identity and the output as zero. Embedders start larger.
         for name, parameter in self.named_parameters():
@@ -471,10 +465,10 @@ class DiT(nn.Module):
         strength 1. Returns (B, C, H, W). Raises ValueError for guidance without an input."""
         if y is None:
             y = torch.full((1,), self.num_classes, device=x.device)
-        condition = self.t_embedder(t) + self.y_embedder.embedding_table(y)
+        condition = embed(t, self.t_embedder.mlp) + self.y_embedder.embedding_table(y)
         if self.guidance_embedder is not None:
             strength = t.new_ones(1) if guidance is None else guidance
-            condition = condition + self.guidance_embedder(strength)
+            condition = condition + embed(strength, self.guidance_embedder.mlp)
         elif guidance is not None:
             raise ValueError("this network has no input for guidance: give guidance_max above 1")
         B, C, H, W = x.shape
@@ -565,8 +559,7 @@ def flag(name):
 
 @dataclasses.dataclass
 class Config:
-    """Every setting of a run. The defaults are recipe "paper", with the network of toys.
-    Raises WrongCommand for values that cannot work."""
+    """Every setting of a run. Default: recipe "paper", the network of toys. Raises WrongCommand."""
 
     # the run
     dataset: str = option("toy2d", "data", choices=["toy2d", "mnist", "cifar10", "imagenet"])
@@ -663,15 +656,15 @@ class Config:
         return self.guidance_max > 1
 
 
-# What some commands get:
+# What some commands get. Of recipe paper these (alpha: 0.3 to 3 work there), r_location and, in
+# PICTURES, correction_interval are from the paper. The rest is ours.
 #     command            recipe  prediction  decay k  alpha  correction_share
 #     toy2d              fast    solver      0.5      0.3    0.125
 #     toy2d              paper   jvp         1        0.3    0.25
 #     mnist --quick      paper   jvp         1        0.3    0.25
 #     mnist, imagenet    paper   jvp         1        1      0.25
 
-# Toys are mostly trained, and measured, without labels, which is harder. t_location -0.8:
-# sharp edges are learned at small t.
+# Toys mostly go without labels, which is harder. t_location: sharp edges are learned at small t.
 TOY = {"label_dropout": 0.9, "t_location": -0.8, "alpha": 0.3, "teacher_steps": 1000, "steps": 5600,
        "teacher_learning_rate": 8e-3, "learning_rate": 3e-3, "critic_learning_rate": 2e-3}
 # The sizes of DiT-S/2. A file of --teacher has its own.
@@ -683,8 +676,6 @@ PRESETS = {"toy2d": TOY, "mnist": PICTURES,
            "imagenet": {**PICTURES, "teacher_steps": 400000, "teacher_learning_rate": 1e-4,
                         "steps": 100000, "guidance_max": 3.0, "guidance": 1.4, "ema_decay": 0.9999,
                         "eval_samples": 2000, "activation_checkpointing": True}}
-# From the paper: prediction, decay, alpha (0.3 to 3 work there), correction_share, r_location, and
-# in PICTURES correction_interval. The rest is ours.
 RECIPES = {"paper": {},  # nothing beyond PRESETS
            "fast": {"prediction": "solver", "decay": 0.5, "delta_scale": 2.0, "ema_target": True,
                     "correction_share": 0.125, "steps": 1400, "learning_rate": 0.01}}  # for toys
@@ -869,8 +860,7 @@ SET_STEPS = 8
 
 
 def in_batches(f, z, y):
-    """Samples f(z, y), a part of the rows at a time, to save memory. Returns them on the CPU.
-    y: (B,) or (1,). Raises UserError if they are not finite."""
+    """f(z, y), moved to the CPU, in parts to save memory. y: (B,) or (1,). Raises UserError."""
     rows = max(1, min(4000, 2**17 // z[0].numel()))
     parts = zip(z.split(rows), y.expand(len(z)).split(rows))
     x = torch.cat([f(*part).cpu() for part in parts])
@@ -886,8 +876,7 @@ def draw_noise(network, N, g=None):
 
 @torch.no_grad()
 def jump(student, z, y=None, guidance=None, delta=1.0):
-    """f(z, delta), by default samples, of noises z (B, C, H, W), without a graph. y, guidance:
-    (B,), (1,) or None. delta: a number."""
+    """f(z, delta) without a graph. z: images; delta: a number; y, guidance: (B,), (1,) or None."""
     return student.f(z, z.new_tensor([delta]), y, guidance)
 
 
@@ -925,13 +914,12 @@ def sliced_w2(a, b, count=128):
 
 
 def draw_inputs(network, config, N, g):
-    """Noises, labels and strength of N samples to measure. Labels: 0, 1, 2, ... in turn (N,), but
-    without guidance and with label_dropout > 0.5 the null label (1,). Strength: (1,) or None."""
+    """N noises, labels 0, 1, 2, ... in turn (N,) or the null label (1,), strength (1,) or None."""
     z = draw_noise(network, N, g)
     y = torch.arange(N, device=z.device) % max(1, network.num_classes)
     if config.is_guided:
         return z, y, z.new_tensor([config.guidance])
-    if config.label_dropout > 0.5:
+    if config.label_dropout > 0.5:  # trained mostly without labels: measured so too
         y = y.new_tensor([network.num_classes])
     return z, y, None
 
@@ -988,17 +976,15 @@ def evaluate(student, teacher, data, config, out, log):
 
 
 # 8. Pictures -------------------------------------------------------------------------------------
-# Functions take tensors on the CPU and return a Figure, which a notebook shows after %matplotlib
-# inline. The first word of a title chooses its colour.
-
+# Of tensors on the CPU. Each returns a Figure, which a notebook shows after %matplotlib inline.
 COLORS = {"data": "#4d4d4d", "teacher": "#2166ac", "student": "#e08214", "critic": "#7b3294"}
 # Noise and toys have a spread near 1, so one view shows nearly all points.
 PLANE = {"xticks": [], "yticks": [], "xlim": (-2.6, 2.6), "ylim": (-2.6, 2.6), "aspect": "equal"}
 
 
 def plot_samples(samples, figure=None):
-    """Samples (N, C, H, W) by title ("data", "teacher: 32 evaluations"), side by side: the first
-    4000 points, or 36 pictures in [-1, 1]."""
+    """Samples (N, C, H, W) by title, side by side: 4000 points, or 36 pictures in [-1, 1]. The
+    first word of a title, as in "teacher: 32 evaluations", chooses the colour of points."""
     figure = figure or Figure((4 * len(samples), 4.3), layout="constrained")
     for i, (title, x) in enumerate(samples.items(), 1):
         axis = figure.add_subplot(1, len(samples), i, title=title, xticks=[], yticks=[])
@@ -1450,8 +1436,7 @@ def run_sampling(given, device):
 
 
 def main(argv=None):
-    """The command line. Returns the exit status: 0 done, 1 failed in running, 2 wrong command. (Or,
-    under torchrun, ends the process with it.)"""
+    """The command line. Returns the exit status: 0 done, 1 failed in running, 2 wrong command."""
     given = {k: v for k, v in vars(make_parser().parse_args(argv)).items() if v != ""}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also after `&` in a script
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # as Ctrl-C
