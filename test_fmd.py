@@ -1704,7 +1704,7 @@ def test_processes_stop_together_and_refuse_together(tmp_path, monkeypatch):
                       "draw, save, leave = fmd.Distiller.draw, fmd.save, os._exit\n"
                       "fmd.save = lambda *a: (time.sleep(1), save(*a))\n"
                       "def leaving(status):\n"
-                      "    os.write(1, b'file: %d\\n' % ('student.pt' in os.listdir(sys.argv[2])))\n"
+                      "    os.write(1, b'file %d\\n' % ('student.pt' in os.listdir(sys.argv[2])))\n"
                       "    leave(status)\n"
                       "os._exit = leaving\n"
                       "def interrupted(self, step):\n"
@@ -1715,7 +1715,7 @@ def test_processes_stop_together_and_refuse_together(tmp_path, monkeypatch):
                       "sys.exit(fmd.main())\n")
     done = torchrun("--out", tmp_path / "out", *TINY, *GUIDED, script=script)
     assert done.returncode and done.stderr.count("step 4, the same command continues") == 1
-    assert "FutureWarning" not in done.stderr and done.stdout.count("file: 1") == 2
+    assert "FutureWarning" not in done.stderr and done.stdout.count("file 1") == 2
     assert torch.load(tmp_path / "out" / "student.pt", weights_only=True)["step"] == 4
     assert not (tmp_path / "out" / "metrics.json").exists()
     done = torchrun("--out", tmp_path / "odd", *TINY, *GUIDED, processes=3)
