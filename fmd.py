@@ -198,7 +198,7 @@ def correction_gradient(v_N, u, x_r, r, y=None):
     Why the correction has its own guidance interval: a guided u pulls even a perfect student to
     stronger guidance (on digits: README), an unguided u to weaker. The paper guides u for r up to
     0.7 only, a compromise: FID 5.6 (DiT-B/2), for all r 8.7."""
-    return v_N - u(x_r, r, y)
+    return v_N - u(x_r, r, y)  # D_N of [11]
 
 
 def decay(D, k):
@@ -206,8 +206,9 @@ def decay(D, k):
     What k does: a residual of size m, m^2 = ||D||^2 / d well above eps, gets the size m^(1 - 2k).
     At k = 0 large ones dominate the gradient, at 1/2 all count equally, at 1 large ones count less.
     Why: the paper's FID (DiT-B/2) is 43.5, 10.6, 5.6 for k = 0, 1/2, 1; without correction about 12
-    for each. Our explanation, from toys: beside this the correction weighs alpha (m^2 + eps)^k (see
-    balance), for small m most at k = 0, and so do its critic's errors (notebook, section 7)."""
+    for each. Our explanation, from toys: relative to the decayed D_G the correction has the size
+    alpha (m^2 + eps)^k (see balance). For small m this is largest at k = 0, and so is the effect of
+    its critic's errors (notebook, section 7)."""
     return D / expand((mean_square(D) + EPS) ** k)
 
 
@@ -299,7 +300,7 @@ class Distiller(nn.Module):
 class GaussianMixture(nn.Module):
     """Equally likely Gaussians N(means[k], blur^2 I): data, its exact velocity, and its support.
     means: (K, d); blur > 0; labels: (K,) int64 below num_classes, all 0 without classes. center,
-    scale: numbers or lists of d. x stands for the user's point center + scale x."""
+    scale: numbers or lists of d. The user's point is center + scale x."""
 
     def __init__(self, means, blur, labels, num_classes, center=0.0, scale=1.0):
         super().__init__()
@@ -656,15 +657,15 @@ class Config:
         return self.guidance_max > 1
 
 
-# What some commands get. Of recipe paper these (alpha: 0.3 to 3 work there), r_location and, in
-# PICTURES, correction_interval are from the paper. The rest is ours.
+# What some commands get. The paper gives these settings of recipe paper (alpha: 0.3 to 3 work),
+# r_location, and correction_interval in PICTURES. The rest is ours.
 #     command            recipe  prediction  decay k  alpha  correction_share
 #     toy2d              fast    solver      0.5      0.3    0.125
 #     toy2d              paper   jvp         1        0.3    0.25
 #     mnist --quick      paper   jvp         1        0.3    0.25
 #     mnist, imagenet    paper   jvp         1        1      0.25
 
-# Toys mostly go without labels, which is harder. t_location: sharp edges are learned at small t.
+# Toys train mostly without labels, which is harder. t_location: edges are learned at small t.
 TOY = {"label_dropout": 0.9, "t_location": -0.8, "alpha": 0.3, "teacher_steps": 1000, "steps": 5600,
        "teacher_learning_rate": 8e-3, "learning_rate": 3e-3, "critic_learning_rate": 2e-3}
 # The sizes of DiT-S/2. A file of --teacher has its own.
@@ -837,9 +838,9 @@ def train(module, config, state=None):
     count = config.micro_batches
     while state.step < config.steps:
         batch, values = module.draw(state.step), []  # values: loss and metrics of each part
-        for first in range(RANK * count, (RANK + 1) * count):
+        for offset in range(RANK * count, (RANK + 1) * count):
             # delta is ordered, so a part takes every n-th row, not n consecutive ones.
-            part = {name: v[first :: WORLD * count].to(state.device) for name, v in batch.items()}
+            part = {name: v[offset :: WORLD * count].to(state.device) for name, v in batch.items()}
             with torch.autocast(state.device.type, torch.bfloat16, config.precision == "bfloat16"):
                 loss, metrics = parallel(**part)
             # DDP averages all of .grad. The sum of earlier parts is the same in all, so it stays.
@@ -876,7 +877,7 @@ def draw_noise(network, N, g=None):
 
 @torch.no_grad()
 def jump(student, z, y=None, guidance=None, delta=1.0):
-    """f(z, delta) without a graph. z: images; delta: a number; y, guidance: (B,), (1,) or None."""
+    """f(z, delta), by default samples, no graph. y, guidance: (B,), (1,), None; delta: a number."""
     return student.f(z, z.new_tensor([delta]), y, guidance)
 
 
@@ -936,7 +937,7 @@ def endpoint_score(teacher, network, config):
 def evaluate(student, teacher, data, config, out, log):
     """Compare student and teacher: metrics.json, pictures, and the main numbers on the screen.
     Endpoint error: from f(z, 1) to phi(z, 1). SW2: from the student's samples to the teacher's of
-    other z, over that of two such sets of the teacher. "SW2 to data": over that of two of data."""
+    other z, divided by that of two sets of the teacher; "SW2 to data", by that of two of data."""
     N, network, g = config.eval_samples, student.network, generator(config.seed, EVALUATION, 1)
     z, y, strength = draw_inputs(network, config, N, g)
     u = guided(teacher, strength, config.guidance_interval)
@@ -944,14 +945,14 @@ def evaluate(student, teacher, data, config, out, log):
     path = solve_ode(u, z[few], PATH_STEPS, "rk4", y[few], return_path=True).cpu()
     jumps = student_path(student, z[few], PATH_STEPS, y[few], strength).cpu()
     errors = [relative_error(a, b) for a, b in zip(jumps, path)]
-    x = in_batches(lambda z, y: jump(student, z, y, strength), z, y)
+    samples = in_batches(lambda z, y: jump(student, z, y, strength), z, y)
     ends = in_batches(lambda z, y: solve_ode(u, z, SET_STEPS, "rk4", y), z, y)
     other_z = draw_noise(network, N, g)
     other_ends = in_batches(lambda z, y: solve_ode(u, z, SET_STEPS, "rk4", y), other_z, y)
     nfe = SET_STEPS * METHODS["rk4"] * (1 + config.is_guided)
-    sets = {f"teacher: {nfe} evaluations": ends, "student: 1 evaluation": x}
+    sets = {f"teacher: {nfe} evaluations": ends, "student: 1 evaluation": samples}
     floor = sliced_w2(ends, other_ends)
-    ratio = sliced_w2(x, other_ends) / floor
+    ratio = sliced_w2(samples, other_ends) / floor
     metrics = {"endpoint_error": errors[-1], "error_along_path": errors, "sw2_floor": floor,
                "sw2_ratio": ratio, "log": log, "teacher_nfe": nfe, "config": vars(config)}
     print(f"endpoint error {errors[-1]:.4f} of the spread (0 is exact); SW2 {ratio:.3f} times its "
@@ -976,7 +977,7 @@ def evaluate(student, teacher, data, config, out, log):
 
 
 # 8. Pictures -------------------------------------------------------------------------------------
-# Of tensors on the CPU. Each returns a Figure, which a notebook shows after %matplotlib inline.
+# From tensors on the CPU to a Figure, which a notebook shows after %matplotlib inline.
 COLORS = {"data": "#4d4d4d", "teacher": "#2166ac", "student": "#e08214", "critic": "#7b3294"}
 # Noise and toys have a spread near 1, so one view shows nearly all points.
 PLANE = {"xticks": [], "yticks": [], "xlim": (-2.6, 2.6), "ylim": (-2.6, 2.6), "aspect": "equal"}
@@ -1001,7 +1002,7 @@ def plot_samples(samples, figure=None):
 
 
 def plot_filmstrip(teacher_path, student_path):
-    """The first six of the teacher's paths, and f(z, delta): each a row. (steps, B, C, H, W)."""
+    """The first six of the teacher's paths and of f(z, delta), each a row. (steps, B, C, H, W)."""
     at = np.linspace(0, len(teacher_path) - 1, 6, dtype=int)
     paths = {"teacher: ODE, δ from 0 to 1": teacher_path, "student: f(z, δ)": student_path}
     return plot_samples({k: v[at, :6].transpose(0, 1).flatten(0, 1) for k, v in paths.items()})
@@ -1185,7 +1186,7 @@ def read_public(file, teacher_format="", num_heads=0):
     outputs = "final_layer.linear.weight", "final_layer.linear.bias"
     if teacher_format == "sit":
         # At 1 - t, SiT's first layer computes A cos(w - wt) + B sin(w - wt), which is
-        # (A cos w + B sin w) cos wt + (A sin w - B cos w) sin wt. The brackets are weights for t.
+        # (A cos w + B sin w) cos wt + (A sin w - B cos w) sin wt. The brackets are weights at t.
         w = torch.exp(-math.log(10000) / 128 * torch.arange(128, dtype=torch.float64))
         A, B = tensors["t_embedder.mlp.0.weight"].double().split(128, 1)
         tensors["t_embedder.mlp.0.weight"] = torch.cat(
@@ -1202,7 +1203,7 @@ def read_public(file, teacher_format="", num_heads=0):
         for name in outputs:
             tensors[name] = -tensors[name]
     table = tensors["y_embedder.embedding_table.weight"]
-    has_null = len(table) != settings.get("num_classes", 1000)
+    has_null = len(table) != settings.get("num_classes", 1000)  # of ImageNet
     if not has_null:  # give it a row, never used
         tensors["y_embedder.embedding_table.weight"] = torch.cat([table, table.mean(0)[None]])
     return {"format": f"{teacher_format} {prefix}".strip(" ."),
